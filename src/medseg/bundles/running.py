@@ -1,0 +1,179 @@
+"""What the bundle that is running right now was configured with.
+
+MONAI builds a bundle's objects from a parser that those objects cannot ask for, so neither the resolved configuration
+nor a mistyped argument is visible to them. Every object is built below a call of that parser, though, so it is found
+on the call stack. That works the same under ``monai.bundle run``, ``create_workflow`` and MONAI Label.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SEPARATOR = "::"
+
+#: Keys that MONAI itself adds to a config or takes from the command line.
+MONAI_KEYS = {"_meta_", "initialize", "run", "finalize", "tracking", "save_execute_config"}
+
+#: How the messages begin in which MONAI wraps what went wrong inside a config.
+WRAPPERS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
+
+Config = dict[str, Any]
+
+__all__ = ["explain_errors", "merged_config", "refuse_unknown_keys", "resolve_macros", "running_parser", "scalar_settings"]
+
+
+def running_parser() -> Any | None:
+    """The ``monai.bundle.ConfigParser`` that is building the caller, or ``None`` if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if type(owner).__name__ == "ConfigParser" and hasattr(owner, "ref_resolver"):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def merged_config(parser: Any) -> Config:
+    """The config as one text: files and arguments merged, macros resolved, references and expressions kept.
+
+    Args:
+        parser: from :func:`running_parser`.
+
+    Returns:
+        Plain dictionaries, lists, strings and numbers, ready for YAML.
+    """
+    config = {k: v for k, v in parser.get().items() if k != "_meta_"}
+    plain: Config = _plain(resolve_macros(config, Path.cwd()))
+    return plain
+
+
+def resolve_macros(value: Any, root: Path, local: Config | None = None) -> Any:
+    """Replace every macro (``%file::key`` or ``%key``) by a copy of what it names, however deep.
+
+    Args:
+        value: config text.
+        root: folder that macro paths start from (MONAI: the working directory).
+        local: what ``%key`` without a file refers to; ``value`` itself by default.
+
+    Raises:
+        FileNotFoundError: if a macro names a missing file.
+        KeyError: if a macro names a missing key.
+        ValueError: if macros refer to each other in a circle.
+    """
+    return _resolve(value, root, value if local is None else local, ())
+
+
+def explain_errors() -> None:
+    """Let the last line of a failed run be its cause.
+
+    MONAI wraps what goes wrong inside a config once per level, so that the line which names the file and the fix is
+    in the middle of a long traceback. The traceback stays; its root cause is repeated below it.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        sys.__excepthook__(kind, error, trace)
+        cause = error
+        while cause.__cause__ is not None and str(cause).startswith(WRAPPERS):
+            cause = cause.__cause__
+        if cause is not error:
+            print(f"\nerror: {str(cause)[:4000]}", file=sys.stderr)
+
+    sys.excepthook = hook
+
+
+def refuse_unknown_keys(bundle_root: str | Path) -> None:
+    """Stop on an argument that no config of the bundle knows: MONAI accepts and ignores it.
+
+    Args:
+        bundle_root: the bundle's folder; the keys of its configs are what is known.
+
+    Raises:
+        ValueError: naming every unknown key and the known one closest to it.
+    """
+    parser = running_parser()
+    if parser is None:
+        return
+    known = set(MONAI_KEYS)
+    for file in Path(bundle_root).glob("configs/*.y*ml"):
+        known.update(str(k).split(SEPARATOR)[0] for k in yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    if known == MONAI_KEYS:  # packed as JSON, or run away from its files: nothing to compare with
+        return
+    unknown = [k for k in parser.get() if k not in known]
+    if unknown:
+        hints = []
+        for key in unknown:
+            close = difflib.get_close_matches(key, known, n=1)
+            hints.append(f"--{key}" + (f" (did you mean --{close[0]}?)" if close else ""))
+        raise ValueError(f"unknown argument {', '.join(hints)}; the arguments are the keys in {bundle_root}/configs")
+
+
+def scalar_settings(parser: Any) -> dict[str, str]:
+    """Every scalar of the resolved config by its id, e.g. ``train.trainer.max_epochs``.
+
+    A reference or an expression that was already resolved to a scalar gives the result, any other its text. Nothing
+    is built for the sake of being recorded.
+
+    Args:
+        parser: from :func:`running_parser`.
+    """
+    resolved = parser.ref_resolver.resolved_content
+    settings: dict[str, str] = {}
+
+    def visit(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, child in value.items():
+                visit(child, f"{key}{SEPARATOR}{name}" if key else str(name))
+        elif isinstance(value, (list, tuple)):
+            for i, child in enumerate(value):
+                visit(child, f"{key}{SEPARATOR}{i}")
+        else:
+            known = value[1:].replace("#", SEPARATOR) if isinstance(value, str) and value[:1] == "@" else key
+            result = resolved.get(known, value) if isinstance(value, str) and value[:1] in ("@", "$") else value
+            is_scalar = isinstance(result, (str, int, float, bool)) or result is None
+            settings[key.replace(SEPARATOR, ".")] = str(result if is_scalar else value)
+
+    visit({k: v for k, v in parser.get().items() if k not in ("_meta_", "imports")}, "")
+    return settings
+
+
+def _resolve(value: Any, root: Path, local: Config, seen: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {k: _resolve(v, root, local, seen) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_resolve(v, root, local, seen) for v in value]
+    if not (isinstance(value, str) and value.startswith("%")):
+        return value
+    if value in seen:
+        raise ValueError(f"macros go in a circle: {' -> '.join((*seen, value))}")
+    file, _, keys = value[1:].rpartition(".yaml" + SEPARATOR)
+    if file:
+        path = root / f"{file}.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"macro {value} names {path}, which does not exist")
+        source = yaml.safe_load(path.read_text(encoding="utf-8"))
+    else:
+        source = local
+    found = source
+    for key in keys.replace("#", SEPARATOR).split(SEPARATOR):
+        try:
+            found = found[int(key)] if isinstance(found, list) else found[key]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise KeyError(f"macro {value} names a key that is not there: {key}") from error
+    return _resolve(deepcopy(found), root, source, (*seen, value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

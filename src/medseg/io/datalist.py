@@ -1,0 +1,232 @@
+"""The MONAI decathlon-style ``datalist.json``: read, check, split, fingerprint, write.
+
+    {"training": [{"image": "images/a.png", "label": "masks/a.png", "fold": 0, ...}, ...],
+     "test":     [{"image": "images/b.png", "label": "masks/b.png", ...}, ...]}
+
+Paths are relative to ``dataset_dir`` (or absolute). Items may carry any further field (``video``, ``style``,
+``patient``, ...); items of one video or patient must share a fold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg.io.images import read_grey, write_atomically
+
+Item = dict[str, Any]
+
+#: Fields that tie items together: all items of one such group must be on the same side of a split.
+GROUP_FIELDS = ("patient", "video")
+
+__all__ = ["DatalistError", "check_binary_masks", "fingerprint", "load_datalist", "split", "write_datalist"]
+
+
+class DatalistError(ValueError):
+    """What is wrong with a data list, all problems at once, each with its item."""
+
+    def __init__(self, path: Path, problems: Sequence[str]) -> None:
+        shown = list(problems[:20])
+        if len(problems) > len(shown):
+            shown.append(f"... and {len(problems) - len(shown)} more")
+        super().__init__(f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in shown))
+        self.problems = list(problems)
+
+
+def load_datalist(
+    path: str | Path,
+    dataset_dir: str | Path,
+    check_item: Callable[[Item], str | None] | None = None,
+) -> dict[str, list[Item]]:
+    """Read and check a data list; every file it names exists afterwards.
+
+    Args:
+        path: the ``datalist.json``.
+        dataset_dir: folder that relative paths start from.
+        check_item: looks at one item with absolute paths and returns what is wrong with it, or ``None``; for example
+            :func:`check_binary_masks`.
+
+    Returns:
+        ``{"training": [...], "test": [...]}`` with absolute paths and an integer ``fold`` in every training item.
+
+    Raises:
+        FileNotFoundError: if the list itself is missing.
+        DatalistError: if it is no valid list; the message names every broken item.
+    """
+    path, root = Path(path), Path(dataset_dir)
+    if not path.is_file():
+        raise FileNotFoundError(f"no data list at {path}; write one, or pass --dataset_dir or --datalist_file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DatalistError(path, [f"not valid JSON: {error}"]) from error
+    if not isinstance(content, dict) or not any(content.get(k) for k in ("training", "test")):
+        raise DatalistError(path, ['no "training" and no "test" list with items in it'])
+    problems: list[str] = []
+    lists: dict[str, list[Item]] = {}
+    for section in ("training", "test"):
+        items = content.get(section) or []
+        if not isinstance(items, list):
+            problems.append(f"{section} is a {type(items).__name__}, not a list of items")
+            continue
+        lists[section] = [
+            item for i, raw in enumerate(items) if (item := _item(raw, f"{section}[{i}]", section, root, problems))
+        ]
+    if not problems:
+        problems += _group_problems(lists)
+    if not problems and check_item:
+        problems += _check_items(lists, check_item)
+    if problems:
+        raise DatalistError(path, problems)
+    return lists
+
+
+def split(datalist: Mapping[str, list[Item]], part: str, fold: int = 0) -> list[Item]:
+    """One part of a data list: the training items outside ``fold``, those of ``fold``, or the test items.
+
+    Args:
+        datalist: from :func:`load_datalist`.
+        part: ``train``, ``validation`` or ``test``.
+        fold: the fold that validates.
+
+    Returns:
+        The items, never empty.
+
+    Raises:
+        ValueError: if the part is unknown or empty; the message says what the list has instead.
+    """
+    choose: dict[str, Callable[[], list[Item]]] = {
+        "train": lambda: [i for i in datalist["training"] if i["fold"] != fold],
+        "validation": lambda: [i for i in datalist["training"] if i["fold"] == fold],
+        "test": lambda: list(datalist["test"]),
+    }
+    if part not in choose:
+        raise ValueError(f"unknown part {part!r}; choose train, validation or test")
+    items = choose[part]()
+    if not items:
+        folds = sorted({i["fold"] for i in datalist["training"]})
+        raise ValueError(
+            f"the data list has nothing for {part} with fold {fold}: {len(datalist['training'])} training items in "
+            f"folds {folds}, {len(datalist['test'])} test items"
+        )
+    return items
+
+
+def check_binary_masks(item: Item) -> str | None:
+    """Say what is wrong with an item's image and mask: unreadable, of different sizes, or a mask that is not binary.
+
+    Args:
+        item: paths under ``image`` and ``label``.
+
+    Returns:
+        What is wrong, with the file and the fix, or ``None``.
+    """
+    try:
+        image, label = read_grey(item["image"]), read_grey(item["label"])
+    except (OSError, ValueError) as error:
+        return str(error)
+    if image.shape != label.shape:
+        return (
+            f"mask {item['label']} is {_size(label)} and its image {_size(image)}; "
+            "save the mask in the image's own size"
+        )
+    if not np.isfinite(image).all():
+        return f"image {item['image']} holds NaN or infinite values"
+    values = np.unique(label)
+    if not np.isfinite(label).all() or len(values) > 2 or (values < 0).any() or (len(values) == 2 and values[0] != 0):
+        shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if len(values) > 6 else "")
+        return f"mask {item['label']} is not binary (values {shown}); use 0 and one other value, and no lossy format"
+    return None
+
+
+def fingerprint(items: Iterable[Item]) -> dict[str, Any]:
+    """What data this is: a hash over names, fields and file contents, and the sizes.
+
+    Args:
+        items: items with absolute paths.
+
+    Returns:
+        ``sha256``, ``items``, ``bytes``. Moving the folder does not change the hash, changing one pixel does.
+    """
+    whole, count, size = hashlib.sha256(), 0, 0
+    for item in items:
+        count += 1
+        for key in sorted(item):
+            value = item[key]
+            if key in ("image", "label"):
+                content = Path(value).read_bytes()
+                size += len(content)
+                value = f"{Path(value).name}:{hashlib.sha256(content).hexdigest()}"
+            whole.update(f"{key}={value}\n".encode())
+    return {"sha256": whole.hexdigest(), "items": count, "bytes": size}
+
+
+def write_datalist(path: Path, training: list[Item], test: list[Item], **header: Any) -> Path:
+    """Write a data list.
+
+    Args:
+        path: file to write.
+        training: items with ``image``, ``label`` and ``fold``.
+        test: items with ``image`` and ``label``.
+        header: further top-level fields, e.g. ``name`` and ``labels``.
+
+    Returns:
+        ``path``.
+    """
+    content = {**header, "numTraining": len(training), "numTest": len(test), "training": training, "test": test}
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    return path
+
+
+def _item(raw: Any, where: str, section: str, root: Path, problems: list[str]) -> Item | None:
+    if not isinstance(raw, dict):
+        problems.append(f"{where} is a {type(raw).__name__}, not an object with image and label")
+        return None
+    before = len(problems)
+    item = dict(raw)
+    for key in ("image", "label"):
+        value = raw.get(key)
+        if not isinstance(value, str) or not value:
+            problems.append(f'{where} has no "{key}"; give the path of a file')
+            continue
+        item[key] = str((root / value).resolve())
+        if not Path(item[key]).is_file():
+            problems.append(f"{where}: {key} {item[key]} does not exist (paths start from {root.resolve()})")
+    if section == "training" and (not isinstance(raw.get("fold"), int) or isinstance(raw.get("fold"), bool)):
+        problems.append(f'{where} ({raw.get("image")}) has no integer "fold"; number the folds from 0')
+    return item if len(problems) == before else None
+
+
+def _group_problems(lists: Mapping[str, list[Item]]) -> list[str]:
+    """Leaks between the sides of a split: one file, or one patient or video, in two folds or in fold and test."""
+    seen: dict[tuple[str, str], str] = {}
+    problems: dict[tuple[str, str], str] = {}
+    for section, items in lists.items():
+        for item in items:
+            side = "test" if section == "test" else f"fold {item['fold']}"
+            for field in ("image", *GROUP_FIELDS):
+                if item.get(field) is None:
+                    continue
+                key = (field, str(item[field]))
+                other = seen.setdefault(key, side)
+                if other != side:
+                    problems[key] = f"{field} {item[field]} is in {other} and in {side}; keep it on one side"
+    return list(problems.values())
+
+
+def _check_items(lists: Mapping[str, list[Item]], check_item: Callable[[Item], str | None]) -> list[str]:
+    named = [(f"{section}[{i}]", item) for section, items in lists.items() for i, item in enumerate(items)]
+    with ThreadPoolExecutor() as pool:  # decoding files releases the GIL
+        found = list(pool.map(check_item, (item for _, item in named)))
+    return [f"{where}: {problem}" for (where, _), problem in zip(named, found, strict=True) if problem]
+
+
+def _size(image: npt.NDArray[Any]) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"

@@ -1,0 +1,53 @@
+"""Overlays as in the paper's figures: truth in green, prediction in yellow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+GREEN, YELLOW = (0, 220, 60), (255, 225, 0)
+
+__all__ = ["overlay"]
+
+
+def overlay(
+    image: npt.NDArray[Any],
+    pred: npt.NDArray[np.bool_] | None = None,
+    truth: npt.NDArray[np.bool_] | None = None,
+) -> npt.NDArray[np.uint8]:
+    """Outline masks on a grey picture, between its 0.5th and 99.5th percentile.
+
+    Small pictures are enlarged to at least 512 pixels so that outlines stay fine. Where both outlines run along the
+    same pixels the prediction's lies on top.
+
+    Args:
+        image: grey values (H, W) in any scale.
+        pred: prediction (H, W), outlined in yellow.
+        truth: truth (H, W), outlined in green.
+
+    Returns:
+        RGB picture (s H, s W, 3) uint8 with a whole factor s >= 1.
+
+    Raises:
+        ValueError: if a mask has another size than the image.
+    """
+    scale = max(1, round(512 / max(image.shape)))
+    low, high = np.nanpercentile(image, [0.5, 99.5])
+    grey = np.clip((np.nan_to_num(image) - low) / max(high - low, 1e-12), 0, 1) * 255
+    picture = np.repeat(_enlarge(grey.astype(np.uint8), scale)[..., None], 3, axis=-1)
+    width = max(1, round(max(picture.shape[:2]) / 512))
+    for mask, colour in ((truth, GREEN), (pred, YELLOW)):
+        if mask is None:
+            continue
+        if mask.shape != image.shape:
+            raise ValueError(f"the mask is {mask.shape} and the image {image.shape}; they must be of one size")
+        large = _enlarge(mask, scale)
+        picture[large & ~ndimage.binary_erosion(large, iterations=width)] = colour
+    return picture
+
+
+def _enlarge(image: npt.NDArray[Any], scale: int) -> npt.NDArray[Any]:
+    return np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)

@@ -1,0 +1,90 @@
+"""What medseg adds to a bundle's plain inference: overlays and a table of the predictions."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medseg.io.images import read_grey, write_atomically, write_png
+from medseg.io.overlay import overlay
+
+COLUMNS = ("file", "lesion_count", "area_pixels", "confidence", "overlay")
+
+__all__ = ["PredictionReport", "measure"]
+
+
+class PredictionReport:
+    """Ignite handler: one overlay per image in ``overlays/`` and one row per image in ``predictions.csv``.
+
+    The table is written when the run ends, also when it ends with an error, with the images done so far.
+
+    Args:
+        output_dir: the inference run's output folder.
+        images: the files that will be segmented; each must be one 2D image.
+        label_dir: folder of masks with the images' names, drawn in green; ``None`` for none.
+    """
+
+    def __init__(self, output_dir: str, images: Sequence[str], label_dir: str | None = None) -> None:
+        self.folder, self.images = Path(output_dir), list(images)
+        self.label_dir = Path(label_dir) if label_dir else None
+        self.rows: list[dict[str, Any]] = []
+
+    def attach(self, engine: Any) -> None:
+        """Join an Ignite engine whose output items hold ``image``, ``pred`` and ``probability``."""
+        from ignite.engine import Events
+
+        if not self.images:
+            raise ValueError("no images to segment: check --dataset_dir, --pattern and --suffixes")
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    def _report(self, engine: Any) -> None:
+        for item in engine.state.output:
+            file = str(item["image"].meta["filename_or_obj"])
+            pred = np.asarray(item["pred"].cpu())[0].T > 0.5
+            row = {"file": file, **measure(pred, np.asarray(item["probability"].cpu())[0].T)}
+            # The suffix stays in the name: a.png and a.tif may lie side by side.
+            picture = self.folder / "overlays" / f"{Path(file).name}.png"
+            write_png(picture, overlay(read_grey(file), pred, self._truth(file)))
+            self.rows.append({**row, "overlay": str(picture)})
+
+    def _truth(self, file: str) -> npt.NDArray[np.bool_] | None:
+        mask = self.label_dir / Path(file).name if self.label_dir else None
+        return read_grey(mask) > 0 if mask and mask.is_file() else None
+
+    def _write(self, _: Any) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.folder / "predictions.csv", text.getvalue().encode())
+        print(f"{len(self.rows)} of {len(self.images)} images: masks, overlays/ and predictions.csv in {self.folder}")
+
+    def _fail(self, engine: Any, error: Exception) -> None:
+        self._write(engine)
+        raise error
+
+
+def measure(pred: npt.NDArray[np.bool_], probability: npt.NDArray[Any]) -> dict[str, Any]:
+    """Count and size of the predicted lesions.
+
+    Args:
+        pred: mask (H, W).
+        probability: foreground probability (H, W).
+
+    Returns:
+        ``lesion_count`` (8-connected components), ``area_pixels`` and ``confidence``: the mean probability inside the
+        mask, which is not calibrated; empty for an empty mask.
+    """
+    from scipy import ndimage
+
+    _, count = ndimage.label(pred, structure=np.ones((3, 3)))
+    confidence = round(float(probability[pred].mean()), 4) if count else ""
+    return {"lesion_count": int(count), "area_pixels": int(pred.sum()), "confidence": confidence}

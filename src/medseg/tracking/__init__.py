@@ -1,0 +1,1 @@
+"""MLflow: what a run records about itself, and how it reaches the store without holding up the training."""

@@ -1,0 +1,212 @@
+"""The Lightning callback that records a run in MLflow: one batch of metrics per epoch, everything else once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from medseg.bundles.running import running_parser, scalar_settings
+from medseg.io.datalist import fingerprint
+from medseg.io.images import write_atomically
+from medseg.tracking.provenance import provenance_tags
+from medseg.tracking.store import StoreWriter
+from medseg.training.module import Case, summarise
+
+RUN_FILE = "mlflow_run.json"
+
+#: Limits of MLflow's ``log_batch``.
+MAX_PARAMS, MAX_VALUE = 100, 6000
+
+log = logging.getLogger(__name__)
+
+__all__ = ["MLflowRecorder"]
+
+
+class MLflowRecorder(pl.Callback):
+    """Records one training or evaluation as one MLflow run.
+
+    Recorded are every scalar of the resolved config as parameters, the run's configs, losses, metrics, learning rate,
+    seconds, images per second and peak memory per epoch, the data list's fingerprint, git commit and package
+    versions, the best weights, the overlays and the table per image. All of it is sent by a thread of its own.
+
+    Args:
+        tracking_uri: MLflow store; see :func:`medseg.tracking.store.tracking_uri`.
+        experiment_name: experiment, made if it is missing.
+        run_name: name of the run.
+        output_dir: the run's folder. ``mlflow_run.json`` there ties it to its run, also when it is resumed.
+        datalist: from :func:`medseg.io.datalist.load_datalist`; its files are hashed in the background.
+        tags: further tags, e.g. task, network and fold.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        experiment_name: str,
+        output_dir: str,
+        run_name: str | None = None,
+        datalist: Mapping[str, list[dict[str, Any]]] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.uri, self.experiment, self.run_name = tracking_uri, experiment_name, run_name
+        self.folder, self.datalist = Path(output_dir), datalist
+        self.tags = {k: str(v) for k, v in (tags or {}).items()}
+        self._parser = running_parser()
+        self._store: StoreWriter | None = None
+        self._epoch_started = self._train_ended = 0.0
+        self._images = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Open the run of a training."""
+        self._open(trainer, "train", pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Open the run of an evaluation."""
+        weights = getattr(trainer, "ckpt_path_for_record", None)
+        if weights:
+            self.tags["ckpt_path"] = str(weights)
+            trained = Path(weights).parent.parent / RUN_FILE
+            if trained.is_file():
+                self.tags["training_run_id"] = json.loads(trained.read_text())["run_id"]
+        self._open(trainer, "evaluate", pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start the epoch's clock."""
+        self._epoch_started = self._train_ended = time.perf_counter()
+        self._images = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the images."""
+        self._images += len(batch["image"]) * trainer.world_size
+        self._train_ended = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Send the epoch's metrics, all in one batch."""
+        if self._store is None:
+            return
+        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        values["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        values["epoch_seconds"] = time.perf_counter() - self._epoch_started
+        values["images_per_second"] = self._images / max(self._train_ended - self._epoch_started, 1e-9)
+        values["peak_memory_gb"] = _peak_memory_gb()
+        self._metrics(values, trainer.current_epoch)
+
+    def on_results(self, folder: Path, cases: list[Case], part: str) -> None:
+        """Record final scores, the table per image, overlays and weights.
+
+        Args:
+            folder: the run's folder with ``per_image.csv`` and ``overlays/`` written.
+            cases: the scored cases.
+            part: ``best_val`` after a training, else the part of the data list.
+        """
+        if self._store is None:
+            return
+        values = {
+            f"{part}_cases": float(len(cases)),
+            f"{part}_empty_predictions": float(sum(c.empty_prediction for c in cases)),
+            f"{part}_empty_truths": float(sum(c.empty_truth for c in cases)),
+        }
+        for name in cases[0].metrics:
+            summary = summarise([c.metrics[name] for c in cases])
+            values |= {f"{part}_{name}": summary["mean"], f"{part}_{name}_sd": summary["sd"]}
+        self._metrics(values, 0)
+        rows = [c.row() for c in cases]
+        table = {key: [row.get(key) for row in rows] for key in rows[0]}
+        self._store.submit("per-image table", lambda c, run: c.log_table(run, table, "per_image.json"))
+        files = {"": ["per_image.csv", "metrics.json", "train.log"], "models": ["models/model.pt"]}
+        for target, names in files.items():
+            for name in names:
+                if (folder / name).is_file():
+                    self._file(folder / name, target)
+        for picture in sorted((folder / "overlays").glob("*.png"))[:30]:
+            self._file(picture, "overlays")
+
+    def on_run_end(self, status: str) -> None:
+        """Close the run.
+
+        Args:
+            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+        """
+        if self._store is None:
+            return
+        self._store.submit("the run's end", lambda c, run: c.set_terminated(run, status))
+        # Someone who pressed Ctrl-C does not wait long for a dead server.
+        self._store.close(timeout=60.0 if status == "FINISHED" else 15.0)
+        self._store = None
+
+    def _open(self, trainer: pl.Trainer, kind: str, module: Any) -> None:
+        if not trainer.is_global_zero or self._store is not None:
+            return
+        file = self.folder / RUN_FILE
+        resumed = json.loads(file.read_text()) if kind == "train" and file.is_file() else {}
+        run_id = resumed.get("run_id") if resumed.get("tracking_uri") == self.uri else None
+
+        def remember(run_id: str) -> None:
+            content = {"run_id": run_id, "tracking_uri": self.uri, "experiment": self.experiment}
+            write_atomically(file, (json.dumps(content) + "\n").encode())
+
+        tags = {"kind": kind, **self.tags, **provenance_tags()}
+        self._store = StoreWriter(self.uri, self.experiment, run_id, self.run_name, tags, remember)
+        if run_id is None:
+            self._settings(module)
+        for config in sorted((self.folder / "configs").glob("*")):
+            self._file(config, "configs")
+        if self.datalist:
+            self._store.submit("the data's fingerprint", self._data)
+
+    def _settings(self, module: Any) -> None:
+        from mlflow.entities import Param
+
+        if self._parser is None or self._store is None:
+            return
+        settings = scalar_settings(self._parser)
+        settings["parameters"] = str(sum(p.numel() for p in module.network.parameters()))
+        settings["trainable_parameters"] = str(sum(p.numel() for p in module.network.parameters() if p.requires_grad))
+        params = [Param(k[:250], v[:MAX_VALUE]) for k, v in settings.items()]
+        for i in range(0, len(params), MAX_PARAMS):
+            chunk = params[i : i + MAX_PARAMS]
+            self._store.submit("parameters", lambda c, run, chunk=chunk: c.log_batch(run, params=chunk))
+
+    def _data(self, client: Any, run_id: str) -> None:
+        """Hash of the files and the sizes of the parts, as tags and as MLflow's dataset input."""
+        from mlflow.entities import Dataset, DatasetInput, RunTag
+
+        datalist = self.datalist or {}
+        items = [item for part in datalist.values() for item in part]
+        data = fingerprint(items)
+        sizes = {f"{part}_items": len(of) for part, of in datalist.items()}
+        tags = {"datalist.sha256": data["sha256"], "datalist.bytes": data["bytes"], **sizes}
+        client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+        source = json.dumps({"first_image": items[0]["image"]})
+        entity = Dataset("datalist", data["sha256"][:32], "local", source, profile=json.dumps({**data, **sizes}))
+        client.log_inputs(run_id, [DatasetInput(entity)])
+
+    def _metrics(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        batch = [Metric(k, v, now, step) for k, v in values.items()]
+        if self._store:
+            self._store.submit("metrics", lambda c, run: c.log_batch(run, metrics=batch))
+
+    def _file(self, path: Path, target: str) -> None:
+        if self._store:
+            self._store.submit(path.name, lambda c, run: c.log_artifact(run, str(path), target or None))
+
+
+def _peak_memory_gb() -> float:
+    """Peak of the GPU's memory since the epoch began, or of the process since it began."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

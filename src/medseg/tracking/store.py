@@ -1,0 +1,144 @@
+"""Writing to an MLflow store in the background: a slow or unreachable store never stops a training."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: Errors that another try cannot mend.
+FINAL_ERRORS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "PERMISSION_DENIED", "UNAUTHENTICATED"}
+
+Write = Callable[[Any, str], Any]
+
+log = logging.getLogger(__name__)
+
+__all__ = ["DEFAULT_URI", "StoreWriter", "tracking_uri"]
+
+#: One SQLite file in the folder that bundles are run from (MLflow 3 refuses the plain ./mlruns store).
+DEFAULT_URI = "sqlite:///mlflow.db"
+
+
+def tracking_uri() -> str:
+    """Where runs are recorded: ``MLFLOW_TRACKING_URI``, or one SQLite file in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+class StoreWriter:
+    """Carries out writes to one MLflow run, in order, in a thread of its own.
+
+    A write that fails is tried again, with growing pauses, until the store answers or :meth:`close` gives up; one
+    that can never succeed (an invalid value) is dropped with a warning. Nothing here raises into the training.
+
+    Args:
+        uri: tracking URI.
+        experiment: experiment name, made if it is missing.
+        run_id: run to continue; a new one is made if ``None``.
+        run_name: name of a new run.
+        tags: tags of the run.
+        on_run: called with the run id as soon as there is one.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        run_id: str | None,
+        run_name: str | None,
+        tags: dict[str, str],
+        on_run: Callable[[str], None],
+    ) -> None:
+        self.uri, self.experiment, self.run_id, self.run_name = uri, experiment, run_id, run_name
+        self.tags, self._on_run = tags, on_run
+        self._writes: queue.Queue[tuple[str, Write] | None] = queue.Queue()
+        self._deadline = float("inf")
+        self._client: Any = None
+        self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, what: str, write: Write) -> None:
+        """Queue a write.
+
+        Args:
+            what: what is written, for messages.
+            write: called with the ``MlflowClient`` and the run id.
+        """
+        self._writes.put((what, write))
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Write what is left and stop.
+
+        Args:
+            timeout: seconds after which an unreachable store is given up.
+        """
+        self._deadline = time.monotonic() + timeout
+        self._writes.put(None)
+        self._thread.join(timeout + 30)
+
+    def _work(self) -> None:
+        # MLflow's own patience (minutes per request) would outlast any timeout here; the retries below replace it.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        lost: list[str] = []
+        if not self._try("the run", lambda *_: self._start()):
+            lost.append("the run")
+        while (job := self._writes.get()) is not None:
+            what, write = job
+            if lost and self._client is None:
+                lost.append(what)
+            elif not self._try(what, lambda write=write: write(self._client, self.run_id or "")):  # type: ignore[misc]
+                lost.append(what)
+        if lost:
+            log.warning(
+                "MLflow store %s: not recorded: %s; the run's folder has it all", self.uri, ", ".join(dict.fromkeys(lost))
+            )
+
+    def _start(self) -> None:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.uri)
+        if self.run_id is None:
+            known = client.get_experiment_by_name(self.experiment)
+            experiment_id = known.experiment_id if known else self._create_experiment(client)
+            run = client.create_run(experiment_id, run_name=self.run_name, tags=self.tags)
+            self.run_id = run.info.run_id
+        else:
+            client.update_run(self.run_id, status="RUNNING")
+        self._client = client
+        self._on_run(self.run_id)
+
+    def _create_experiment(self, client: Any) -> str:
+        # MLflow's default would put the artifacts of a local store into the folder of whoever came first.
+        database = local_path(self.uri)
+        location = (database.parent / "mlruns" / self.experiment).as_uri() if database else None
+        return str(client.create_experiment(self.experiment, artifact_location=location))
+
+    def _try(self, what: str, write: Callable[[], Any]) -> bool:
+        pause, warned = 1.0, False
+        while True:
+            try:
+                write()
+                return True
+            except Exception as error:  # store, database, network: no common type, and none may reach the training
+                final = getattr(error, "error_code", "") in FINAL_ERRORS
+                if not warned:
+                    text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+                    log.warning("MLflow store %s: %s: %s%s", self.uri, what, text, "" if final else "; trying again")
+                    warned = True
+                if final or time.monotonic() + pause > self._deadline:
+                    return False
+            # A short nap at a time, so that close() is heard.
+            nap_until = time.monotonic() + pause
+            while time.monotonic() < min(nap_until, self._deadline):
+                time.sleep(0.2)
+            pause = min(pause * 2, 30.0)
+
+
+def local_path(uri: str) -> Path | None:
+    """The SQLite file of a tracking URI, or ``None`` for a server."""
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None

@@ -1,0 +1,1 @@
+"""Training with Lightning: one module and one trainer for all segmentation bundles, composed by the config."""

@@ -1,0 +1,98 @@
+"""A data loader whose epochs depend on the seed and the epoch alone.
+
+The order of the items and every random transform are drawn from (seed, epoch, position). So a resumed run sees what
+an uninterrupted one would have seen, and the number of workers or processes changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import DataLoader
+from torch import distributed
+from torch.utils.data import Dataset, Sampler
+
+Draw = tuple[int, int, int]  # (epoch, position in the epoch, item)
+
+__all__ = ["SeededDataLoader"]
+
+
+class SeededDataLoader(DataLoader):  # type: ignore[misc]
+    """A MONAI ``DataLoader`` for training: shuffled, full batches, reproducible epoch by epoch.
+
+    The last batch is filled up with items from the start of the epoch's order (a batch of one breaks batch norm).
+    Under DDP every process gets its share of the same order.
+
+    Args:
+        dataset: a MONAI dataset with a ``transform`` that has ``set_random_state``.
+        batch_size: items per batch and process.
+        seed: seed of order and augmentation.
+        num_workers: worker processes.
+        kwargs: further arguments of the ``DataLoader``.
+
+    Raises:
+        ValueError: if the dataset is empty or the batch size is below 1.
+    """
+
+    def __init__(self, dataset: Dataset[Any], batch_size: int = 1, seed: int = 0, num_workers: int = 0, **kwargs: Any):
+        if len(dataset) == 0:  # type: ignore[arg-type]
+            raise ValueError("the training data set is empty")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        super().__init__(
+            _SeededDataset(dataset, seed),
+            num_workers=num_workers,
+            batch_size=batch_size,
+            sampler=_EpochSampler(len(dataset), batch_size, seed),  # type: ignore[arg-type]
+            persistent_workers=num_workers > 0,
+            **kwargs,
+        )
+
+
+class _EpochSampler(Sampler[Draw]):
+    """A permutation per epoch; Lightning calls ``set_epoch`` before each."""
+
+    def __init__(self, items: int, batch_size: int, seed: int) -> None:
+        self.items, self.batch_size, self.seed, self.epoch = items, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def _share(self) -> tuple[int, int]:
+        ready = distributed.is_available() and distributed.is_initialized()
+        return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
+
+    def __len__(self) -> int:
+        step = self.batch_size * self._share()[1]
+        return -(-self.items // step) * self.batch_size
+
+    def __iter__(self) -> Iterator[Draw]:
+        rank, world = self._share()
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        order = torch.randperm(self.items, generator=generator).tolist()
+        for position in range(rank, len(self) * world, world):
+            yield self.epoch, position, order[position % self.items]
+
+
+class _SeededDataset(Dataset[Any]):
+    """Sets the random state of the transforms before each item."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.transform = getattr(dataset, "transform", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: Draw) -> Any:
+        epoch, position, item = draw
+        if hasattr(self.transform, "set_random_state"):
+            self.transform.set_random_state(seed=_mix(self.seed, epoch, position))
+        return self.dataset[item]
+
+
+def _mix(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,0 +1,207 @@
+"""The Lightning module of every segmentation bundle: network, loss, optimizer, inferers, metrics from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytorch_lightning as pl
+import torch
+from monai.data import decollate_batch
+from torch import distributed, nn
+from torch.nn import functional
+
+from medseg.training.transfer import frozen_children
+
+Metric = Callable[[Any, Any], float]
+
+__all__ = ["Case", "SegmentationModule", "summarise"]
+
+
+@dataclass
+class Case:
+    """Result of one case.
+
+    Attributes:
+        image: path of its image.
+        metrics: value by metric name, ``nan`` where undefined.
+        empty_prediction: whether nothing was segmented.
+        empty_truth: whether there was nothing to segment.
+        fields: the item's other fields, e.g. ``style`` or ``patient``.
+        masks: prediction and truth, if they were asked for, as packed bits with their shape.
+    """
+
+    image: str
+    metrics: dict[str, float]
+    empty_prediction: bool
+    empty_truth: bool
+    fields: dict[str, Any] = field(default_factory=dict)
+    masks: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], tuple[int, ...]] | None = None
+
+    def row(self) -> dict[str, Any]:
+        """The case as one row of a table."""
+        return {
+            "image": self.image,
+            **self.fields,
+            **self.metrics,
+            "empty_prediction": self.empty_prediction,
+            "empty_truth": self.empty_truth,
+        }
+
+    def unpacked(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Prediction and truth as boolean arrays in the axis order of the files: (H, W) of a 2D image."""
+        assert self.masks is not None
+        *packed, shape = self.masks
+        count = int(np.prod(shape))
+        pred, truth = (np.unpackbits(p, count=count).astype(bool).reshape(shape).T for p in packed)
+        return pred, truth
+
+
+class SegmentationModule(pl.LightningModule):
+    """Trains and validates one segmentation network.
+
+    Children of the network without any trainable parameter are kept in ``eval()`` while the rest trains: in transfer
+    mode the frozen encoder's batch-norm statistics must not move, and Lightning calls ``train()`` at every epoch.
+
+    Args:
+        network: maps images (B, C, ...) to logits (B, K, ...).
+        loss: of logits and labels.
+        optimizer: over the network's trainable parameters.
+        train_inferer: called with images and network in training.
+        val_inferer: called with images and network in validation and test, e.g. a sliding window.
+        postprocessing: from one decollated item with logits under ``pred`` to a mask under ``pred``.
+        metrics: functions of two boolean masks of one case, by name.
+        lr_scheduler: a scheduler, or Lightning's dictionary with ``scheduler`` and ``interval``.
+        channels_last: memory format of 2D networks; faster on CPU and GPU.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train_inferer: Callable[..., Any],
+        val_inferer: Callable[..., Any],
+        postprocessing: Callable[[Any], Any],
+        metrics: Mapping[str, Metric],
+        lr_scheduler: Any = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+        self.train_inferer, self.val_inferer = train_inferer, val_inferer
+        self.postprocessing, self.metrics = postprocessing, dict(metrics)
+        self._optimizer, self._scheduler = optimizer, lr_scheduler
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.keep_masks = False
+        self.cases: list[Case] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K, ...) of images (B, C, ...)."""
+        logits: torch.Tensor = self.network(images)
+        return logits
+
+    def train(self, mode: bool = True) -> SegmentationModule:
+        """Switch to training or evaluation; frozen children stay in evaluation."""
+        super().train(mode)
+        for child in frozen_children(self.network):
+            child.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the config, with its scheduler if there is one."""
+        if self._scheduler is None:
+            return self._optimizer
+        return {"optimizer": self._optimizer, "lr_scheduler": self._scheduler}
+
+    def training_step(self, batch: Mapping[str, Any], _: int) -> torch.Tensor:
+        """Loss of one batch with ``image`` (B, C, ...) and ``label`` (B, K, ...)."""
+        images, labels = (_tensor(batch[k]) for k in ("image", "label"))
+        logits = self.train_inferer(images.contiguous(memory_format=self._memory_format), self.network)
+        loss: torch.Tensor = self.loss(logits, labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch's cases."""
+        self.cases = []
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        """Score the cases of one batch in their own size."""
+        self._score(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Gather the cases of all processes and log their means."""
+        self._log_means("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forget earlier cases."""
+        self.cases = []
+
+    def test_step(self, batch: dict[str, Any], _: int) -> None:
+        """As :meth:`validation_step`."""
+        self._score(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """As :meth:`on_validation_epoch_end`."""
+        self._log_means("test")
+
+    def _score(self, batch: dict[str, Any], stage: str) -> None:
+        batch["pred"] = self.val_inferer(batch["image"], self.network).float()
+        logits, labels = _tensor(batch["pred"]), _tensor(batch["label"])
+        if logits.shape[2:] != labels.shape[2:]:  # the mask has the image's own size, the network may see another
+            mode = "bilinear" if logits.ndim == 4 else "trilinear"
+            logits = functional.interpolate(logits, labels.shape[2:], mode=mode)
+        self.log(f"{stage}_loss", self.loss(logits, labels), batch_size=len(labels), sync_dist=True)
+        for item in decollate_batch(batch):
+            self.cases.append(self._case(self.postprocessing(item)))
+
+    def _case(self, item: Mapping[str, Any]) -> Case:
+        pred, truth = (_tensor(item[k])[0].cpu().numpy() > 0.5 for k in ("pred", "label"))
+        known = ("image", "label", "pred", "probability", "fold")
+        masks = (np.packbits(pred), np.packbits(truth), pred.shape) if self.keep_masks else None
+        return Case(
+            image=str(item["image"].meta["filename_or_obj"]),
+            metrics={name: float(metric(pred, truth)) for name, metric in self.metrics.items()},
+            empty_prediction=not pred.any(),
+            empty_truth=not truth.any(),
+            fields={k: v for k, v in item.items() if k not in known and isinstance(v, (str, int, float))},
+            masks=masks,
+        )
+
+    def _log_means(self, stage: str) -> None:
+        if distributed.is_available() and distributed.is_initialized():
+            gathered: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(gathered, self.cases)
+            # A distributed sampler repeats cases to fill the last round: every case counts once.
+            self.cases = list({c.image: c for cases in gathered for c in cases}.values())
+        for name in self.metrics:
+            mean = summarise([c.metrics[name] for c in self.cases])["mean"]
+            self.log(f"{stage}_{name}", mean, prog_bar=name == next(iter(self.metrics)), rank_zero_only=False)
+
+
+def summarise(values: list[float]) -> dict[str, float]:
+    """Mean and sample standard deviation over the cases where a metric is defined.
+
+    Args:
+        values: one per case, ``nan`` where undefined.
+
+    Returns:
+        ``mean``, ``sd`` (``nan`` for fewer than one and two defined values) and ``n``, the number of defined values.
+    """
+    defined = np.asarray([v for v in values if np.isfinite(v)])
+    return {
+        "mean": float(defined.mean()) if len(defined) else float("nan"),
+        "sd": float(defined.std(ddof=1)) if len(defined) > 1 else float("nan"),
+        "n": len(defined),
+    }
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """A plain tensor: MONAI's MetaTensor makes every small operation many times slower."""
+    return value.as_tensor() if hasattr(value, "as_tensor") else value

@@ -1,0 +1,313 @@
+"""The trainer and the evaluator that bundle configs run: ``$@train::trainer.run()``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from medseg.bundles.running import merged_config, running_parser
+from medseg.io.images import read_grey, write_atomically, write_png
+from medseg.io.overlay import overlay
+from medseg.training.checkpoint import load_weights, save_weights
+from medseg.training.module import Case, SegmentationModule, summarise
+from medseg.training.run_folder import claim_run_folder, write_run_configs
+
+ReadImage = Callable[[str], Any]
+
+__all__ = ["Evaluator", "Trainer"]
+
+
+class Trainer(pl.Trainer):
+    """A Lightning trainer that knows its module and its data, so that a bundle runs it like any MONAI trainer.
+
+    Args:
+        module: what to train.
+        train_dataloader: training batches.
+        val_dataloader: validation cases; they choose the checkpoint.
+        output_dir: the run's folder (see :mod:`medseg.training.run_folder`).
+        bundle_root: the bundle's folder.
+        resume: continue the run in ``output_dir`` from its last checkpoint.
+        handlers: Lightning callbacks. MONAI Label may add a ``CheckpointLoader``: its weights are loaded. Other
+            Ignite handlers are ignored with a warning.
+        read_image: gives the picture (H, W) that an overlay is drawn on.
+        kwargs: further arguments of ``pytorch_lightning.Trainer``.
+
+    Raises:
+        FileExistsError: if ``output_dir`` holds a run and ``resume`` is false.
+        FileNotFoundError: if ``resume`` is true and there is nothing to resume.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: SegmentationModule,
+        train_dataloader: Any,
+        val_dataloader: Any,
+        output_dir: str,
+        bundle_root: str,
+        resume: bool = False,
+        handlers: Iterable[Any] = (),
+        read_image: ReadImage = read_grey,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(callbacks=_callbacks(handlers), **_defaults(kwargs))
+        self._module, self._loaders = module, (train_dataloader, val_dataloader)
+        self._folder, self._bundle_root, self._resume = Path(output_dir), Path(bundle_root), resume
+        self._read_image = read_image
+        self._parser = running_parser()
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The network that is trained."""
+        return self._module.network
+
+    def run(self) -> None:
+        """Train, then score the best weights on the validation cases and write everything into the run's folder."""
+        last = claim_run_folder(self._folder, self._resume)
+        if last is None and self._parser is not None and self.is_global_zero:
+            write_run_configs(self._folder, merged_config(self._parser), self._bundle_root)
+        with _ended_by_sigterm(), _recorded(self):
+            self.fit(self._module, *self._loaders, ckpt_path=last, weights_only=True)
+            self._finish()
+
+    def _finish(self) -> None:
+        best = getattr(self.checkpoint_callback, "best_model_path", "")
+        if best and Path(best).is_file():
+            load_weights(self._module.network, best)
+        if self.is_global_zero:
+            save_weights(self._module.network, self._folder / "models" / "model.pt")
+        self._module.keep_masks = True
+        with _plain_output():
+            self.validate(self._module, self._loaders[1], verbose=False)
+        if self.is_global_zero:
+            cases = self._module.cases
+            write_results(self._folder, cases)
+            write_overlays(self._folder / "overlays", typical_cases(cases), self._read_image)
+            _tell(self, "on_results", self._folder, cases, "best_val")
+            print(f"best weights: {self._folder / 'models' / 'model.pt'}", flush=True)
+
+
+class Evaluator(pl.Trainer):
+    """Scores a network on one part of a data list.
+
+    Args:
+        module: with the network to score.
+        dataloader: its cases.
+        output_dir: where ``per_image.csv``, ``metrics.json`` and ``overlays/`` go.
+        part: name of the part, for the record.
+        ckpt_path: where the weights came from, for the record.
+        handlers: as in :class:`Trainer`.
+        read_image: as in :class:`Trainer`.
+        kwargs: further arguments of ``pytorch_lightning.Trainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: SegmentationModule,
+        dataloader: Any,
+        output_dir: str,
+        part: str = "test",
+        ckpt_path: str | None = None,
+        handlers: Iterable[Any] = (),
+        read_image: ReadImage = read_grey,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(callbacks=_callbacks(handlers), **_defaults(kwargs))
+        self._module, self._loader = module, dataloader
+        self._folder, self._part, self._read_image = Path(output_dir), part, read_image
+        self._parser = running_parser()
+        self.ckpt_path_for_record = ckpt_path
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The network that is scored."""
+        return self._module.network
+
+    def run(self) -> dict[str, Any]:
+        """Score every case and write tables and overlays.
+
+        Returns:
+            What ``metrics.json`` holds.
+        """
+        self._module.keep_masks = True
+        with _ended_by_sigterm(), _recorded(self):
+            self.test(self._module, self._loader, verbose=False)
+            cases = self._module.cases
+            if not self.is_global_zero:
+                return {}
+            summary = write_results(self._folder, cases)
+            write_overlays(self._folder / "overlays", {Path(c.image).stem: c for c in cases}, self._read_image)
+            _tell(self, "on_results", self._folder, cases, self._part)
+            print(_table(summary), flush=True)
+            print(f"per image: {self._folder / 'per_image.csv'}   overlays: {self._folder / 'overlays'}", flush=True)
+        return summary
+
+
+def write_results(folder: Path, cases: list[Case]) -> dict[str, Any]:
+    """Write ``per_image.csv`` and ``metrics.json``.
+
+    Args:
+        folder: where to.
+        cases: at least one.
+
+    Returns:
+        Mean, standard deviation and number of defined values per metric, and the counts of cases, empty predictions
+        and empty truths. Empty cases are counted, never given a stand-in value.
+    """
+    rows = [c.row() for c in cases]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(k for r in rows for k in r)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "per_image.csv", text.getvalue().encode())
+    summary: dict[str, Any] = {
+        "cases": len(cases),
+        "empty_predictions": sum(c.empty_prediction for c in cases),
+        "empty_truths": sum(c.empty_truth for c in cases),
+        "metrics": {name: summarise([c.metrics[name] for c in cases]) for name in cases[0].metrics},
+    }
+    write_atomically(folder / "metrics.json", (json.dumps(_no_nan(summary), indent=1) + "\n").encode())
+    return summary
+
+
+def typical_cases(cases: list[Case]) -> dict[str, Case]:
+    """The worst, the median and the best case by the first metric; undefined ones count as worst."""
+    first = next(iter(cases[0].metrics))
+    ranked = sorted(cases, key=lambda c: float(np.nan_to_num(c.metrics[first], nan=-np.inf)))
+    return {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+
+
+def write_overlays(folder: Path, cases: dict[str, Case], read_image: ReadImage) -> list[Path]:
+    """Draw truth (green) and prediction (yellow) on the images of some cases.
+
+    Args:
+        folder: where to.
+        cases: with masks, by file name.
+        read_image: gives the picture (H, W) of a path.
+
+    Returns:
+        The files written.
+    """
+    files = []
+    for name, case in cases.items():
+        pred, truth = case.unpacked()
+        files.append(folder / f"{name}.png")
+        write_png(files[-1], overlay(read_image(case.image), pred, truth))
+    return files
+
+
+def _callbacks(handlers: Iterable[Any]) -> list[pl.Callback]:
+    callbacks = []
+    for handler in handlers or ():
+        if isinstance(handler, pl.Callback):
+            callbacks.append(handler)
+        elif hasattr(handler, "load_path") and hasattr(handler, "load_dict"):  # MONAI Label adds a CheckpointLoader
+            for target in handler.load_dict.values():
+                load_weights(target, handler.load_path)
+        else:
+            warnings.warn(f"{type(handler).__name__} is no Lightning callback and is ignored", stacklevel=2)
+    return callbacks
+
+
+def _defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
+    # Lightning's notes on devices and tips would bury what a run has to say.
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    terminal = sys.stdout.isatty()
+    return {
+        "logger": False,  # the MLflowRecorder callback records, one batch per epoch
+        "enable_model_summary": False,
+        "enable_progress_bar": terminal,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # SeededDataLoader shares an epoch out itself
+        "deterministic": "warn",  # CUDA has no deterministic bilinear up-sampling; everything else is
+        **kwargs,
+    }
+
+
+@contextmanager
+def _plain_output() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _recorded(trainer: Trainer | Evaluator) -> Iterator[None]:
+    """Tell the recorders how it ended: finished, failed, or killed by a person or a scheduler."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into SystemExit
+        status = "KILLED"
+        if isinstance(trainer, Trainer) and trainer.is_global_zero:
+            print(
+                f"\nstopped; continue with: python -m monai.bundle run --config_file "
+                f"{trainer._folder / 'configs' / 'train.yaml'} --resume True",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+    finally:
+        _tell(trainer, "on_run_end", status)
+
+
+def _tell(trainer: pl.Trainer, event: str, *args: Any) -> None:
+    for callback in trainer.callbacks:
+        if hasattr(callback, event) and trainer.is_global_zero:
+            getattr(callback, event)(*args)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A scheduler's SIGTERM ends the run like Ctrl-C does: recorded as killed, resumable."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _no_nan(value: Any) -> Any:
+    """``nan`` is no JSON: ``null`` says undefined."""
+    if isinstance(value, dict):
+        return {k: _no_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _table(summary: dict[str, Any]) -> str:
+    lines = [f"{'metric':<20} {'mean':>10} {'sd':>10} {'n':>5}"]
+    for name, value in summary["metrics"].items():
+        lines.append(f"{name:<20} {value['mean']:>10.4f} {value['sd']:>10.4f} {value['n']:>5}")
+    lines.append(
+        f"{summary['cases']} cases, {summary['empty_predictions']} with an empty prediction, "
+        f"{summary['empty_truths']} with an empty truth"
+    )
+    return "\n".join(lines)
