@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.io.images import read_grey, write_atomically
+from medseg.io.files import write_atomically
+from medseg.io.images import read_grey
 
 Item = dict[str, Any]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["read_grey", "write_atomically", "write_png"]
+from medseg.io.files import write_atomically
+
+__all__ = ["read_grey", "write_png"]
 
 
 def read_grey(path: str | Path) -> npt.NDArray[np.float32]:
@@ -69,25 +70,6 @@ def write_png(path: Path, image: npt.NDArray[Any]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: into a neighbour first, then renamed over ``path``.
-
-    Args:
-        path: file to write; its folder is made if needed.
-        content: all of the file's bytes.
-
-    Raises:
-        OSError: if the file cannot be written; the unfinished neighbour is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _first_line(error: Exception) -> str:

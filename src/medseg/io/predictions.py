@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.io.images import read_grey, write_atomically, write_png
+from medseg.io.files import write_atomically
+from medseg.io.images import read_grey, write_png
 from medseg.io.overlay import overlay
 
 COLUMNS = ("file", "lesion_count", "area_pixels", "confidence", "overlay")

@@ -16,7 +16,7 @@ import torch
 
 from medseg.bundles.running import running_parser, scalar_settings
 from medseg.io.datalist import fingerprint
-from medseg.io.images import write_atomically
+from medseg.io.files import write_atomically
 from medseg.tracking.provenance import provenance_tags
 from medseg.tracking.store import StoreWriter
 from medseg.training.module import Case, summarise

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medseg.io.images import write_atomically
+from medseg.io.files import write_atomically
 
 State = dict[str, torch.Tensor]
 

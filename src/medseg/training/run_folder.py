@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from medseg.bundles.running import Config, resolve_macros
-from medseg.io.images import write_atomically
+from medseg.io.files import write_atomically
 
 __all__ = ["claim_run_folder", "write_run_configs"]
 

@@ -20,7 +20,8 @@ import pytorch_lightning as pl
 import torch
 
 from medseg.bundles.running import merged_config, running_parser
-from medseg.io.images import read_grey, write_atomically, write_png
+from medseg.io.files import write_atomically
+from medseg.io.images import read_grey, write_png
 from medseg.io.overlay import overlay
 from medseg.training.checkpoint import load_weights, save_weights
 from medseg.training.module import Case, SegmentationModule, summarise
