@@ -39,7 +39,7 @@ def dice(pred: Any, truth: Any) -> float:
         0.6666666666666666
     """
     x, y = _masks(pred, truth)
-    return _ratio(2 * np.count_nonzero(x & y), x, y)
+    return _ratio(2 * int(np.count_nonzero(x & y)), x, y)
 
 
 def fpsr(pred: Any, truth: Any) -> float:
@@ -58,7 +58,7 @@ def fpsr(pred: Any, truth: Any) -> float:
         ValueError: if the shapes differ or a mask holds anything but 0 and 1.
     """
     x, y = _masks(pred, truth)
-    return _ratio(np.count_nonzero(x & ~y), x, y)
+    return _ratio(int(np.count_nonzero(x & ~y)), x, y)
 
 
 def fnsr(pred: Any, truth: Any) -> float:
@@ -77,7 +77,7 @@ def fnsr(pred: Any, truth: Any) -> float:
         ValueError: if the shapes differ or a mask holds anything but 0 and 1.
     """
     x, y = _masks(pred, truth)
-    return _ratio(np.count_nonzero(y & ~x), x, y)
+    return _ratio(int(np.count_nonzero(y & ~x)), x, y)
 
 
 def hausdorff_distance(

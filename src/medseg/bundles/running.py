@@ -10,8 +10,10 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import warnings
 from copy import deepcopy
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -26,17 +28,24 @@ WRAPPERS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
 
 Config = dict[str, Any]
 
-__all__ = ["explain_errors", "merged_config", "refuse_unknown_keys", "resolve_macros", "running_parser", "scalar_settings"]
+__all__ = [
+    "merged_config",
+    "readable_output",
+    "refuse_unknown_keys",
+    "resolve_macros",
+    "running_parser",
+    "scalar_settings",
+]
 
 
 def running_parser() -> Any | None:
     """The ``monai.bundle.ConfigParser`` that is building the caller, or ``None`` if there is none."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if type(owner).__name__ == "ConfigParser" and hasattr(owner, "ref_resolver"):
             return owner
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -70,12 +79,14 @@ def resolve_macros(value: Any, root: Path, local: Config | None = None) -> Any:
     return _resolve(value, root, value if local is None else local, ())
 
 
-def explain_errors() -> None:
-    """Let the last line of a failed run be its cause.
+def readable_output() -> None:
+    """Let the last line of a failed run be its cause, and drop a note that says nothing.
 
     MONAI wraps what goes wrong inside a config once per level, so that the line which names the file and the fix is
-    in the middle of a long traceback. The traceback stays; its root cause is repeated below it.
+    in the middle of a long traceback. The traceback stays; its root cause is repeated below it. The note is the one
+    about an optional DICOM decoder, which MONAI gives whenever it makes an image loader.
     """
+    warnings.filterwarnings("ignore", message=".*nvImageCodec decoder plugin.*")
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         sys.__excepthook__(kind, error, trace)

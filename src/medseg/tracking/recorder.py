@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import resource
 import sys
 import time
@@ -25,8 +25,6 @@ RUN_FILE = "mlflow_run.json"
 
 #: Limits of MLflow's ``log_batch``.
 MAX_PARAMS, MAX_VALUE = 100, 6000
-
-log = logging.getLogger(__name__)
 
 __all__ = ["MLflowRecorder"]
 
@@ -175,7 +173,7 @@ class MLflowRecorder(pl.Callback):
         params = [Param(k[:250], v[:MAX_VALUE]) for k, v in settings.items()]
         for i in range(0, len(params), MAX_PARAMS):
             chunk = params[i : i + MAX_PARAMS]
-            self._store.submit("parameters", lambda c, run, chunk=chunk: c.log_batch(run, params=chunk))
+            self._store.submit("parameters", functools.partial(_log_params, params=chunk))
 
     def _data(self, client: Any, run_id: str) -> None:
         """Hash of the files and the sizes of the parts, as tags and as MLflow's dataset input."""
@@ -202,6 +200,10 @@ class MLflowRecorder(pl.Callback):
     def _file(self, path: Path, target: str) -> None:
         if self._store:
             self._store.submit(path.name, lambda c, run: c.log_artifact(run, str(path), target or None))
+
+
+def _log_params(client: Any, run_id: str, params: list[Any]) -> None:
+    client.log_batch(run_id, params=params)
 
 
 def _peak_memory_gb() -> float:

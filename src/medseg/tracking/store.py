@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -12,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 #: Errors that another try cannot mend.
-FINAL_ERRORS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "PERMISSION_DENIED", "UNAUTHENTICATED"}
+FINAL_ERRORS = {
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "RESOURCE_ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+}
 
 Write = Callable[[Any, str], Any]
 
@@ -84,19 +91,18 @@ class StoreWriter:
         # MLflow's own patience (minutes per request) would outlast any timeout here; the retries below replace it.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-        lost: list[str] = []
-        if not self._try("the run", lambda *_: self._start()):
-            lost.append("the run")
+        lost = [] if self._try("the run", self._start) else ["the run"]
         while (job := self._writes.get()) is not None:
             what, write = job
-            if lost and self._client is None:
-                lost.append(what)
-            elif not self._try(what, lambda write=write: write(self._client, self.run_id or "")):  # type: ignore[misc]
+            started = self._client is not None
+            if not started or not self._try(what, functools.partial(self._write, write)):
                 lost.append(what)
         if lost:
-            log.warning(
-                "MLflow store %s: not recorded: %s; the run's folder has it all", self.uri, ", ".join(dict.fromkeys(lost))
-            )
+            names = ", ".join(dict.fromkeys(lost))
+            log.warning("MLflow store %s: not recorded: %s; the run's folder has it all", self.uri, names)
+
+    def _write(self, write: Write) -> None:
+        write(self._client, str(self.run_id))
 
     def _start(self) -> None:
         from mlflow import MlflowClient

@@ -20,7 +20,7 @@ Draw = tuple[int, int, int]  # (epoch, position in the epoch, item)
 __all__ = ["SeededDataLoader"]
 
 
-class SeededDataLoader(DataLoader):  # type: ignore[misc]
+class SeededDataLoader(DataLoader):
     """A MONAI ``DataLoader`` for training: shuffled, full batches, reproducible epoch by epoch.
 
     The last batch is filled up with items from the start of the epoch's order (a batch of one breaks batch norm).
@@ -89,7 +89,7 @@ class _SeededDataset(Dataset[Any]):
 
     def __getitem__(self, draw: Draw) -> Any:
         epoch, position, item = draw
-        if hasattr(self.transform, "set_random_state"):
+        if self.transform is not None:
             self.transform.set_random_state(seed=_mix(self.seed, epoch, position))
         return self.dataset[item]
 

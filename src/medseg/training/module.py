@@ -53,7 +53,8 @@ class Case:
 
     def unpacked(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Prediction and truth as boolean arrays in the axis order of the files: (H, W) of a 2D image."""
-        assert self.masks is not None
+        if self.masks is None:
+            raise ValueError(f"the masks of {self.image} were not kept; set keep_masks before scoring")
         *packed, shape = self.masks
         count = int(np.prod(shape))
         pred, truth = (np.unpackbits(p, count=count).astype(bool).reshape(shape).T for p in packed)
@@ -143,7 +144,7 @@ class SegmentationModule(pl.LightningModule):
         """Forget earlier cases."""
         self.cases = []
 
-    def test_step(self, batch: dict[str, Any], _: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As :meth:`validation_step`."""
         self._score(batch, "test")
 
@@ -204,4 +205,5 @@ def summarise(values: list[float]) -> dict[str, float]:
 
 def _tensor(value: Any) -> torch.Tensor:
     """A plain tensor: MONAI's MetaTensor makes every small operation many times slower."""
-    return value.as_tensor() if hasattr(value, "as_tensor") else value
+    tensor: torch.Tensor = value.as_tensor() if hasattr(value, "as_tensor") else value
+    return tensor

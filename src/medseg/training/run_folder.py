@@ -1,9 +1,9 @@
 """The folder of one run, laid out like a bundle so that it can be evaluated, used and promoted as it is.
 
-    RUN/configs/{train,evaluate,inference}.yaml, metadata.json   self-contained, this run's settings filled in
-    RUN/models/model.pt                                          best weights, a plain state_dict
-    RUN/checkpoints/{best,last}.ckpt                             to resume from
-    RUN/train.log, per_image.csv, metrics.json, overlays/
+- ``RUN/configs/{train,evaluate,inference}.yaml``: self-contained, this run's settings filled in; ``metadata.json``
+- ``RUN/models/model.pt``: best weights, a plain state_dict
+- ``RUN/checkpoints/{best,last}.ckpt``: to resume from
+- ``RUN/train.log``, ``per_image.csv``, ``metrics.json``, ``overlays/``
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ Source: W. Hou et al., Surgical Innovation 2024, section "Models".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,5 +155,3 @@ def _differences(state: Mapping[str, torch.Tensor], target: Mapping[str, torch.T
         if k in state and state[k].shape != v.shape
     ]
     return problems
-
-
