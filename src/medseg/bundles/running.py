@@ -173,6 +173,8 @@ def _resolve(value: Any, root: Path, local: Config, seen: tuple[str, ...]) -> An
         source = local
     found = source
     for key in keys.replace("#", SEPARATOR).split(SEPARATOR):
+        if isinstance(found, str) and found.startswith("%"):
+            found = _resolve(found, root, source, (*seen, value))
         try:
             found = found[int(key)] if isinstance(found, list) else found[key]
         except (KeyError, IndexError, TypeError, ValueError) as error:

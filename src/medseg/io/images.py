@@ -34,6 +34,8 @@ def read_grey(path: str | Path) -> npt.NDArray[np.float32]:
     if not path.is_file():
         raise FileNotFoundError(f"no such image: {path}")
     try:
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            _refuse_truncated(path)
         image = _reader()(str(path))  # (W, H) or (W, H, C); ITK gives a DICOM's frames one more axis after H
     except Exception as error:  # the readers raise whatever their libraries raise
         raise ValueError(f"{path} cannot be read as an image: {_first_line(error)}") from error
@@ -46,6 +48,14 @@ def read_grey(path: str | Path) -> npt.NDArray[np.float32]:
         array = array[..., None]
     channels = array.shape[-1]
     return np.asarray(array[..., : channels - (channels - 1) % 2].mean(axis=-1).T, dtype=np.float32)
+
+
+def _refuse_truncated(path: Path) -> None:
+    """ITK fills what is missing of a JPEG or PNG with grey; Pillow raises."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
 
 
 @functools.lru_cache(maxsize=1)

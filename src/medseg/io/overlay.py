@@ -35,8 +35,9 @@ def overlay(
         ValueError: if a mask has another size than the image.
     """
     scale = max(1, round(512 / max(image.shape)))
-    low, high = np.nanpercentile(image, [0.5, 99.5])
-    grey = np.clip((np.nan_to_num(image) - low) / max(high - low, 1e-12), 0, 1) * 255
+    finite = image[np.isfinite(image)]
+    low, high = np.percentile(finite, [0.5, 99.5]) if finite.size else (0.0, 1.0)
+    grey = np.clip((np.nan_to_num(image, nan=low) - low) / max(high - low, 1e-12), 0, 1) * 255
     picture = np.repeat(_enlarge(grey.astype(np.uint8), scale)[..., None], 3, axis=-1)
     width = max(1, round(max(picture.shape[:2]) / 512))
     for mask, colour in ((truth, GREEN), (pred, YELLOW)):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from medseg.io.files import write_atomically
 from medseg.io.images import read_grey, write_png
 from medseg.io.overlay import overlay
+from medseg.progress import track
 
 COLUMNS = ("file", "lesion_count", "area_pixels", "confidence", "overlay")
 
@@ -42,7 +43,9 @@ class PredictionReport:
 
         if not self.images:
             raise ValueError("no images to segment: check --dataset_dir, --pattern and --suffixes")
+        bar = track(self.images, "segment")
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
+        engine.add_event_handler(Events.ITERATION_STARTED, lambda: next(bar, None))
         engine.add_event_handler(Events.COMPLETED, self._write)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 

@@ -65,7 +65,7 @@ class SegmentationModule(pl.LightningModule):
     """Trains and validates one segmentation network.
 
     Children of the network without any trainable parameter are kept in ``eval()`` while the rest trains: in transfer
-    mode the frozen encoder's batch-norm statistics must not move, and Lightning calls ``train()`` at every epoch.
+    mode the frozen encoder's batch-norm statistics must not move.
 
     Args:
         network: maps images (B, C, ...) to logits (B, K, ...).
@@ -119,6 +119,10 @@ class SegmentationModule(pl.LightningModule):
         if self._scheduler is None:
             return self._optimizer
         return {"optimizer": self._optimizer, "lr_scheduler": self._scheduler}
+
+    def on_train_epoch_start(self) -> None:
+        """Put everything but the frozen children into training mode; Lightning leaves the modes to the module."""
+        self.train()
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> torch.Tensor:
         """Loss of one batch with ``image`` (B, C, ...) and ``label`` (B, K, ...)."""

@@ -1,0 +1,149 @@
+"""The shared battery: what every bundle found in ``bundles/`` must do. A new task adds only its peculiar tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jsonschema import Draft202012Validator
+from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
+
+from medseg.bundles.catalog import list_bundles
+
+SCHEMA = Path("src/medseg/bundles/metadata_schema.json")
+BUNDLES = list_bundles(Path(__file__).resolve().parents[2])
+VARIANTS = [(b, network) for b in BUNDLES for network in b.metadata["networks"]]
+
+
+def configs(bundle) -> str:
+    return f"bundles/{bundle.name}/configs"
+
+
+@pytest.fixture(params=BUNDLES, ids=lambda b: b.name)
+def bundle(request):
+    return request.param
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0].name}-{v[1]}")
+def network_parser(request):
+    """The inference config with one network chosen, as ``--network_name`` does."""
+    bundle, network = request.param
+    parser = ConfigParser()
+    parser.read_config(f"{configs(bundle)}/inference.yaml")
+    parser["network_name"] = network
+    return parser
+
+
+def test_files_of_the_model_zoo(bundle):
+    for name in ("LICENSE", "configs/metadata.json", "configs/train.yaml", "configs/inference.yaml", "docs/README.md"):
+        assert (bundle.path / name).is_file(), name
+    assert not list(bundle.path.glob("models/*.pt")), "weights are never committed"
+
+
+def test_metadata(bundle):
+    schema = json.loads(SCHEMA.read_text())
+    Draft202012Validator.check_schema(schema)
+    problems = [e.message for e in Draft202012Validator(schema).iter_errors(bundle.metadata)]
+    assert problems == []
+    assert bundle.metadata["version"] in bundle.metadata["changelog"]
+    # MONAI's own command, offline: it takes the schema that lies there
+    verify_metadata(meta_file=f"{configs(bundle)}/metadata.json", filepath=str(SCHEMA))
+
+
+def test_metadata_names_the_networks_of_the_config(bundle):
+    train = yaml.safe_load((bundle.path / "configs" / "train.yaml").read_text())
+    assert list(train["networks"]) == bundle.metadata["networks"]
+
+
+def test_verify_net_in_out(network_parser):
+    name = network_parser["network_name"]
+    folder = network_parser["bundle_root"] + "/configs"
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=f"{folder}/metadata.json",
+        config_file=f"{folder}/inference.yaml",
+        network_name=name,
+        device="cpu",
+    )
+
+
+def test_forward_and_backward_reach_every_used_parameter(network_parser):
+    torch.manual_seed(0)
+    network = network_parser.get_parsed_content("network_def").train()
+    images = torch.randn(2, 1, 64, 96, requires_grad=True)
+    logits = network(images)
+    assert logits.shape == (2, 1, 64, 96)
+    logits.square().mean().backward()
+    assert torch.isfinite(images.grad).all()
+    without = [n for n, p in network.named_parameters() if p.grad is None]
+    # an EfficientNet's classifier head stays in the library's encoder, and its forward never uses it
+    assert [n for n in without if not n.startswith(("encoder._conv_head.", "encoder._bn1."))] == []
+
+
+def test_export_reproduces_the_network(network_parser, tmp_path):
+    """``ckpt_export`` traces at the window's size: what the sliding window feeds, whatever the image's size."""
+    from monai.bundle import ckpt_export
+
+    torch.manual_seed(0)
+    network = network_parser.get_parsed_content("network_def").eval()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    folder = network_parser["bundle_root"] + "/configs"
+    ckpt_export(
+        net_id="network_def",
+        filepath=str(tmp_path / "model.ts"),
+        ckpt_file=str(tmp_path / "model.pt"),
+        meta_file=f"{folder}/metadata.json",
+        config_file=f"{folder}/inference.yaml",
+        network_name=network_parser["network_name"],
+        use_trace=True,
+        input_shape=[1, 1, 64, 64],
+    )
+    exported = torch.jit.load(str(tmp_path / "model.ts"))
+    images = torch.randn(3, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+def test_monai_finds_the_properties(bundle, tiny_data, tmp_path):
+    train = create_workflow(
+        config_file=f"{configs(bundle)}/train.yaml",
+        workflow_type="train",
+        dataset_dir=str(tiny_data),
+        output_dir=str(tmp_path),
+        roi_size=[32, 32],
+    )
+    train.initialize()
+    assert train.check_properties() == []
+    assert len(train.train_dataset) + len(train.val_dataset) == 8
+    assert train.trainer.network is train.parser.get_parsed_content("network")
+    for name in ("train_inferer", "val_inferer", "train_preprocessing", "val_postprocessing", "train_dataset_data"):
+        assert getattr(train, name) is not None, name
+    infer = create_workflow(
+        config_file=f"{configs(bundle)}/inference.yaml", workflow_type="infer", dataset_dir=str(tiny_data / "images")
+    )
+    infer.initialize()
+    assert infer.check_properties() == []
+    assert len(infer.dataset) == 10
+
+
+def test_an_unknown_argument_is_refused_before_any_work(bundle, tiny_data, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        create_workflow(
+            config_file=f"{configs(bundle)}/train.yaml",
+            workflow_type="train",
+            dataset_dir=str(tiny_data),
+            output_dir=str(tmp_path / "run"),
+            max_epoch=3,
+        ).initialize()
+    assert "unknown argument --max_epoch (did you mean --max_epochs?)" in str(caught.value.__cause__)
+    assert not (tmp_path / "run").exists()
+
+
+def test_inference_takes_its_network_and_scale_from_training(bundle):
+    """Train and inference cannot drift apart: these keys are macros into train.yaml."""
+    inference = yaml.safe_load((bundle.path / "configs" / "inference.yaml").read_text())
+    for key in ("network_def", "networks", "network_name", "image_size", "roi_size", "normalize", "inferer"):
+        assert inference[key].startswith(f"%{configs(bundle)}/train.yaml::"), key

@@ -1,0 +1,85 @@
+"""Shared fixtures: everything is made on the spot, nothing reaches the network or the user's MLflow store."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = "bundles/fluorescence_tumor/configs"
+
+#: Small enough for a test: what the end-to-end runs override.
+TINY = {
+    "encoder": "resnet18",
+    "encoder_depth": 3,
+    "decoder_channels": "[32,16,8]",
+    "roi_size": "[32,32]",
+    "batch_size": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 10 images of 64 x 64: 8 in the folds 0 to 4, 2 to test."""
+    from medseg.tasks.fluorescence_tumor.simulate import simulate
+
+    out = tmp_path_factory.mktemp("data")
+    simulate(out, 10, seed=7, style=["abfm"], size=64)
+    return out
+
+
+@pytest.fixture
+def bundle_run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``python -m monai.bundle run`` in a process of its own, from the repository root."""
+
+    def run(
+        config: str | list[str], check: bool = True, env: dict[str, str] | None = None, **arguments: object
+    ) -> subprocess.CompletedProcess[str]:
+        files = config if isinstance(config, str) else "[" + ",".join(f"'{c}'" for c in config) + "]"
+        line = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files]
+        for name, value in arguments.items():
+            line += [f"--{name}", str(value)]
+        done = subprocess.run(
+            line, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=500
+        )
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(line)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        return done
+
+    return run
+
+
+@pytest.fixture
+def write_list() -> Callable[[Path, dict], Path]:
+    def write(folder: Path, content: object) -> Path:
+        path = folder / "datalist.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def disc() -> Callable[..., np.ndarray]:
+    """A boolean disc in a square of ``side`` pixels."""
+
+    def make(side: int, radius: float, centre: tuple[float, float] | None = None) -> np.ndarray:
+        y, x = np.mgrid[:side, :side]
+        cy, cx = centre or ((side - 1) / 2, (side - 1) / 2)
+        return (y - cy) ** 2 + (x - cx) ** 2 <= radius**2
+
+    return make
