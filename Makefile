@@ -38,7 +38,7 @@ format: $(INSTALLED) ## let ruff put the code in order
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED) ## build the site into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove what builds and runs wrote (not runs/, not mlflow.db)
 	rm -rf site build dist demo .pytest_cache .mypy_cache .ruff_cache

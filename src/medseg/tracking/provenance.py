@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import platform
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def provenance_tags() -> dict[str, str]:
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     tags = {
+        "mlflow.user": getpass.getuser(),
         "mlflow.source.name": " ".join(sys.argv)[:5000],
         "mlflow.source.type": "LOCAL",
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {device}",

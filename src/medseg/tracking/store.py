@@ -122,7 +122,9 @@ class StoreWriter:
         # MLflow's default would put the artifacts of a local store into the folder of whoever came first.
         database = local_path(self.uri)
         location = (database.parent / "mlruns" / self.experiment).as_uri() if database else None
-        return str(client.create_experiment(self.experiment, artifact_location=location))
+        # Without its kind MLflow's page shows an experiment in the layout for language models.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(self.experiment, artifact_location=location, tags=tags))
 
     def _try(self, what: str, write: Callable[[], Any]) -> bool:
         pause, warned = 1.0, False
