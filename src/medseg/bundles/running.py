@@ -29,9 +29,9 @@ WRAPPERS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
 Config = dict[str, Any]
 
 __all__ = [
+    "check_arguments",
     "merged_config",
     "readable_output",
-    "refuse_unknown_keys",
     "resolve_macros",
     "running_parser",
     "scalar_settings",
@@ -94,29 +94,34 @@ def readable_output() -> None:
         while cause.__cause__ is not None and str(cause).startswith(WRAPPERS):
             cause = cause.__cause__
         if cause is not error:
-            print(f"\nerror: {str(cause)[:4000]}", file=sys.stderr)
+            lines = str(cause).splitlines()[:30] or [type(cause).__name__]
+            print("\nerror: " + "\n".join(line[:600] for line in lines), file=sys.stderr)
 
     sys.excepthook = hook
 
 
-def refuse_unknown_keys(bundle_root: str | Path) -> None:
-    """Stop on an argument that no config of the bundle knows: MONAI accepts and ignores it.
+def check_arguments(bundle_root: str | Path) -> None:
+    """Stop on an argument that no config of the bundle knows (MONAI accepts and ignores it), or an unknown network.
 
     Args:
         bundle_root: the bundle's folder; the keys of its configs are what is known.
 
     Raises:
-        ValueError: naming every unknown key and the known one closest to it.
+        ValueError: naming every unknown key and the known one closest to it, or the networks to choose from.
     """
     parser = running_parser()
     if parser is None:
         return
+    config = parser.get()
+    name, networks = config.get("network_name"), config.get("networks")
+    if isinstance(networks, dict) and "@networks" in str(config.get("network_def")) and name not in networks:
+        raise ValueError(f"unknown --network_name {name}; choose from {', '.join(networks)}")
     known = set(MONAI_KEYS)
     for file in Path(bundle_root).glob("configs/*.y*ml"):
         known.update(str(k).split(SEPARATOR)[0] for k in yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     if known == MONAI_KEYS:  # packed as JSON, or run away from its files: nothing to compare with
         return
-    unknown = [k for k in parser.get() if k not in known]
+    unknown = [k for k in config if k not in known]
     if unknown:
         hints = []
         for key in unknown:

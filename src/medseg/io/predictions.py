@@ -18,7 +18,7 @@ from medseg.progress import track
 
 COLUMNS = ("file", "lesion_count", "area_pixels", "confidence", "overlay")
 
-__all__ = ["PredictionReport", "measure"]
+__all__ = ["PredictionReport", "check_inputs", "measure"]
 
 
 class PredictionReport:
@@ -41,8 +41,6 @@ class PredictionReport:
         """Join an Ignite engine whose output items hold ``image``, ``pred`` and ``probability``."""
         from ignite.engine import Events
 
-        if not self.images:
-            raise ValueError("no images to segment: check --dataset_dir, --pattern and --suffixes")
         bar = track(self.images, "segment")
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._report)
         engine.add_event_handler(Events.ITERATION_STARTED, lambda: next(bar, None))
@@ -73,7 +71,35 @@ class PredictionReport:
 
     def _fail(self, engine: Any, error: Exception) -> None:
         self._write(engine)
-        raise error
+        # One image per batch, in order: the first that is missing is the one that broke.
+        broken = self.images[min(len(self.rows), len(self.images) - 1)]
+        raise ValueError(f"{broken} could not be segmented: {_deepest(error)}") from error
+
+
+def _deepest(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def check_inputs(images: Sequence[str], ckpt_path: str) -> None:
+    """Stop before the work if there is nothing to do or nothing to do it with; MONAI skips an empty run with a note.
+
+    Args:
+        images: files to segment.
+        ckpt_path: weights that will be loaded.
+
+    Raises:
+        ValueError: if there are no images.
+        FileNotFoundError: if there are no weights.
+    """
+    if not images:
+        raise ValueError("no images to segment: check --dataset_dir, --pattern and --suffixes")
+    if not Path(ckpt_path).is_file():
+        raise FileNotFoundError(
+            f"no weights at {ckpt_path}: train first and use the run's own configs/inference.yaml, or pass --ckpt_path "
+            "with the --network_name and --encoder it belongs to"
+        )
 
 
 def measure(pred: npt.NDArray[np.bool_], probability: npt.NDArray[Any]) -> dict[str, Any]:

@@ -223,6 +223,32 @@ def test_an_empty_folder_and_a_movie_are_errors(trained, bundle_run, tmp_path):
     write_dicom(tmp_path / "empty" / "movie.dcm", np.zeros((3, 40, 60), np.uint8), frames=3)
     done = bundle_run(str(out / "configs" / "inference.yaml"), check=False, dataset_dir=tmp_path / "empty")
     assert done.returncode != 0
+    assert "movie.dcm could not be segmented" in done.stderr
+
+
+def test_a_broken_image_is_named_and_the_others_are_kept(trained, bundle_run, tiny_data, tmp_path):
+    out, _ = trained
+    folder = tmp_path / "images"
+    folder.mkdir()
+    content = [(tiny_data / "images" / f"abfm_000{i}.png").read_bytes() for i in range(2)]
+    (folder / "a.png").write_bytes(content[0])
+    (folder / "b.png").write_bytes(content[1][: len(content[1]) // 2])
+    done = bundle_run(
+        str(out / "configs" / "inference.yaml"), check=False, dataset_dir=folder, output_dir=tmp_path / "p"
+    )
+    assert done.returncode != 0
+    assert "b.png could not be segmented: " in done.stderr.splitlines()[-1]
+    assert (tmp_path / "p" / "a_seg.png").is_file()
+    assert len((tmp_path / "p" / "predictions.csv").read_text().splitlines()) == 2
+    assert not list((tmp_path / "p").rglob("*.part"))
+
+
+def test_missing_weights_and_a_mistyped_network_say_what_to_do(bundle_run, tiny_data):
+    config = f"{CONFIGS}/inference.yaml"
+    done = bundle_run(config, check=False, dataset_dir=tiny_data / "images")
+    assert "models/model.pt: train first" in done.stderr.splitlines()[-1]
+    done = bundle_run(config, check=False, dataset_dir=tiny_data / "images", network_name="unett")
+    assert "choose from unet, unetpp, deeplabv3plus, swin_unetr" in done.stderr.splitlines()[-1]
 
 
 def test_a_broken_list_stops_before_training(bundle_run, tiny_data, tmp_path):
