@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+Name = TypeVar("Name")
 
 #: Bundles and their macros are read from here.
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,10 +40,10 @@ class Result:
 
 
 def race(
-    candidates: Mapping[str, Callable[[], object]],
+    candidates: Mapping[Name, Callable[[], object]],
     rounds: int = 3,
     cpu_clock: Callable[[], float] = time.process_time,
-) -> dict[str, Result]:
+) -> dict[Name, Result]:
     """Time candidates in turn.
 
     Args:
@@ -51,8 +54,8 @@ def race(
     Returns:
         The seconds of each candidate.
     """
-    cpu: dict[str, list[float]] = {name: [] for name in candidates}
-    wall: dict[str, list[float]] = {name: [] for name in candidates}
+    cpu: dict[Name, list[float]] = {name: [] for name in candidates}
+    wall: dict[Name, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, run in candidates.items():
             gc.collect()

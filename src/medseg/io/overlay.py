@@ -39,7 +39,7 @@ def overlay(
     low, high = np.percentile(finite, [0.5, 99.5]) if finite.size else (0.0, 1.0)
     grey = np.clip((np.nan_to_num(image, nan=low) - low) / max(high - low, 1e-12), 0, 1) * 255
     picture = np.repeat(_enlarge(grey.astype(np.uint8), scale)[..., None], 3, axis=-1)
-    width = max(1, round(max(picture.shape[:2]) / 512))
+    width = max(1, round(max(picture.shape[:2]) / 300))
     for mask, colour in ((truth, GREEN), (pred, YELLOW)):
         if mask is None:
             continue

@@ -89,7 +89,7 @@ class StoreWriter:
 
     def _work(self) -> None:
         # MLflow's own patience (minutes per request) would outlast any timeout here; the retries below replace it.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         lost = [] if self._try("the run", self._start) else ["the run"]
         while (job := self._writes.get()) is not None:
