@@ -68,9 +68,9 @@ def test_interrupted_run_is_resumable_and_marked_as_killed(tiny_data, tmp_path, 
             break
         time.sleep(0.2)
     process.send_signal(how)
-    _, errors = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "continue with: python -m monai.bundle run" in errors
+    assert "continue with: python -m monai.bundle run" in printed
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     run = client.get_run(json.loads((out / "mlflow_run.json").read_text())["run_id"])
     assert run.info.status == "KILLED"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from medseg.io.files import write_atomically
 from medseg.io.images import read_grey, write_png
 from medseg.io.overlay import overlay
 from medseg.progress import track
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("file", "lesion_count", "area_pixels", "confidence", "overlay")
 
@@ -67,7 +70,8 @@ class PredictionReport:
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.folder / "predictions.csv", text.getvalue().encode())
-        print(f"{len(self.rows)} of {len(self.images)} images: masks, overlays/ and predictions.csv in {self.folder}")
+        done = f"{len(self.rows)} of {len(self.images)} images"
+        log.info("%s: masks, overlays/ and predictions.csv in %s", done, self.folder)
 
     def _fail(self, engine: Any, error: Exception) -> None:
         self._write(engine)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+
+log = logging.getLogger(__name__)
 
 __all__ = ["EpochLog"]
 
@@ -34,10 +37,10 @@ class EpochLog(pl.Callback):
         seconds = time.perf_counter() - self._started
         line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} {values} seconds={seconds:.1f}"
         if trainer.progress_bar_callback is None:
-            print(line, flush=True)
+            log.info(line)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         except OSError as error:  # a full disk must not end the training over a log line
-            print(f"warning: {self.path} could not be written: {error}", flush=True)
+            log.warning("%s could not be written: %s", self.path, error)

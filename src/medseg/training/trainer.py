@@ -29,6 +29,8 @@ from medseg.training.run_folder import claim_run_folder, write_run_configs
 
 ReadImage = Callable[[str], Any]
 
+log = logging.getLogger(__name__)
+
 __all__ = ["Evaluator", "Trainer"]
 
 
@@ -99,7 +101,7 @@ class Trainer(pl.Trainer):
             write_results(self._folder, cases)
             write_overlays(self._folder / "overlays", typical_cases(cases), self._read_image)
             _tell(self, "on_results", self._folder, cases, "best_val")
-            print(f"best weights: {self._folder / 'models' / 'model.pt'}", flush=True)
+            log.info("best weights: %s", self._folder / "models" / "model.pt")
 
 
 class Evaluator(pl.Trainer):
@@ -154,8 +156,8 @@ class Evaluator(pl.Trainer):
             summary = write_results(self._folder, cases)
             write_overlays(self._folder / "overlays", {Path(c.image).stem: c for c in cases}, self._read_image)
             _tell(self, "on_results", self._folder, cases, self._part)
-            print(_table(summary), flush=True)
-            print(f"per image: {self._folder / 'per_image.csv'}   overlays: {self._folder / 'overlays'}", flush=True)
+            log.info("scores of the %s part\n%s", self._part, _table(summary))
+            log.info("per image: %s   overlays: %s", self._folder / "per_image.csv", self._folder / "overlays")
         return summary
 
 
@@ -262,12 +264,8 @@ def _recorded(trainer: Trainer | Evaluator) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into SystemExit
         status = "KILLED"
         if isinstance(trainer, Trainer) and trainer.is_global_zero:
-            print(
-                f"\nstopped; continue with: python -m monai.bundle run --config_file "
-                f"{trainer._folder / 'configs' / 'train.yaml'} --resume True",
-                file=sys.stderr,
-                flush=True,
-            )
+            config = trainer._folder / "configs" / "train.yaml"
+            log.warning("stopped; continue with: python -m monai.bundle run --config_file %s --resume True", config)
         raise
     finally:
         _tell(trainer, "on_run_end", status)
