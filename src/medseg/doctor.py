@@ -95,23 +95,18 @@ def _mlflow(root: Path | None, problems: list[str]) -> str:
 
 
 def _missing(description: dict[str, Any]) -> list[str]:
-    from packaging.version import Version
+    from packaging.requirements import Requirement
 
-    needs = {
-        "monai": description.get("monai_version", "0"),
-        "torch": description.get("pytorch_version", "0"),
-        "numpy": description.get("numpy_version", "0"),
-        **description.get("required_packages_version", {}),
-        **dict.fromkeys(TRAINING, "0"),
-    }
+    # The bundle's metadata says which packages; the versions in it are what it was made with, not the least that will
+    # do. Those are medseg's own requirements.
+    bounds = {r.name: r.specifier for r in map(Requirement, metadata.requires("medseg") or []) if not r.marker}
     found = []
-    for name, wanted in needs.items():
+    for name in ("monai", "torch", "numpy", *description.get("required_packages_version", {}), *TRAINING):
         try:
             have = metadata.version(name)
         except metadata.PackageNotFoundError:
             found.append(f"{name} is not installed (pip install {name})")
             continue
-        # The metadata names what was tried; an older major version is what breaks.
-        if Version(have).major < Version(wanted).major:
-            found.append(f"{name} {have} is older than {wanted}, which the bundle was made with")
+        if name in bounds and not bounds[name].contains(have, prereleases=True):
+            found.append(f"{name} {have} does not fit {name}{bounds[name]} (pip install '{name}{bounds[name]}')")
     return found
