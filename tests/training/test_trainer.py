@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from medseg.training.module import Case, summarise
 from medseg.training.run_folder import claim_run_folder
-from medseg.training.trainer import typical_cases, write_results
+from medseg.training.trainer import _named, typical_cases, write_results
 
 
 def train(bundle_run, data, out, **arguments):
@@ -112,6 +112,11 @@ def test_nothing_defined_is_nan_and_null(tmp_path):
     assert summarise([1.0]) == {"mean": 1.0, "sd": pytest.approx(math.nan, nan_ok=True), "n": 1}
     write_results(tmp_path, [case("a", math.nan, empty=True)])
     assert json.loads((tmp_path / "metrics.json").read_text())["metrics"]["dice"]["mean"] is None
+
+
+def test_equal_file_names_do_not_overwrite_each_others_overlays():
+    cases = [case("a/x.png", 1.0), case("b/x.png", 0.5), case("b/y.png", 0.5)]
+    assert list(_named(cases)) == ["x_0", "x_1", "y"]
 
 
 def test_worst_median_best():

@@ -32,11 +32,12 @@ class PredictionReport:
     Args:
         output_dir: the inference run's output folder.
         images: the files that will be segmented; each must be one 2D image.
+        dataset_dir: the folder they come from; its subfolders are kept in ``overlays/``.
         label_dir: folder of masks with the images' names, drawn in green; ``None`` for none.
     """
 
-    def __init__(self, output_dir: str, images: Sequence[str], label_dir: str | None = None) -> None:
-        self.folder, self.images = Path(output_dir), list(images)
+    def __init__(self, output_dir: str, images: Sequence[str], dataset_dir: str, label_dir: str | None = None) -> None:
+        self.folder, self.images, self.root = Path(output_dir), list(images), Path(dataset_dir)
         self.label_dir = Path(label_dir) if label_dir else None
         self.rows: list[dict[str, Any]] = []
 
@@ -56,12 +57,13 @@ class PredictionReport:
             pred = np.asarray(item["pred"].cpu())[0].T > 0.5
             row = {"file": file, **measure(pred, np.asarray(item["probability"].cpu())[0].T)}
             # The suffix stays in the name: a.png and a.tif may lie side by side.
-            picture = self.folder / "overlays" / f"{Path(file).name}.png"
-            write_png(picture, overlay(read_grey(file), pred, self._truth(file)))
+            name = Path(file).relative_to(self.root)
+            picture = self.folder / "overlays" / name.with_name(f"{name.name}.png")
+            write_png(picture, overlay(read_grey(file), pred, self._truth(name)))
             self.rows.append({**row, "overlay": str(picture)})
 
-    def _truth(self, file: str) -> npt.NDArray[np.bool_] | None:
-        mask = self.label_dir / Path(file).name if self.label_dir else None
+    def _truth(self, name: Path) -> npt.NDArray[np.bool_] | None:
+        mask = self.label_dir / name if self.label_dir else None
         return read_grey(mask) > 0 if mask and mask.is_file() else None
 
     def _write(self, _: Any) -> None:

@@ -154,7 +154,7 @@ class Evaluator(pl.Trainer):
             if not self.is_global_zero:
                 return {}
             summary = write_results(self._folder, cases)
-            write_overlays(self._folder / "overlays", {Path(c.image).stem: c for c in cases}, self._read_image)
+            write_overlays(self._folder / "overlays", _named(cases), self._read_image)
             _tell(self, "on_results", self._folder, cases, self._part)
             log.info("scores of the %s part\n%s", self._part, _table(summary))
             log.info("per image: %s   overlays: %s", self._folder / "per_image.csv", self._folder / "overlays")
@@ -212,6 +212,13 @@ def write_overlays(folder: Path, cases: dict[str, Case], read_image: ReadImage) 
         files.append(folder / f"{name}.png")
         write_png(files[-1], overlay(read_image(case.image), pred, truth))
     return files
+
+
+def _named(cases: list[Case]) -> dict[str, Case]:
+    """Cases by file name; where two images have the same one, their place in the list is added."""
+    stems = [Path(c.image).stem for c in cases]
+    names = [stem if stems.count(stem) == 1 else f"{stem}_{i}" for i, stem in enumerate(stems)]
+    return dict(zip(names, cases, strict=True))
 
 
 def _callbacks(handlers: Iterable[Any]) -> list[pl.Callback]:

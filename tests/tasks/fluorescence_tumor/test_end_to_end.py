@@ -15,6 +15,7 @@ from conftest import CONFIGS, TINY
 from mlflow import MlflowClient
 from PIL import Image
 
+from medseg.io.overlay import GREEN
 from medseg.metrics import dice
 
 
@@ -183,6 +184,26 @@ def test_inference_on_a_folder_of_everything(trained, bundle_run, mixed_folder, 
     assert int(row["area_pixels"]) == reference.sum()
     assert all(Path(r["overlay"]).is_file() for r in rows)
     assert "7 of 7 images" in done.stdout
+
+
+def test_inference_keeps_subfolders_and_draws_truth(trained, bundle_run, tiny_data, tmp_path):
+    out, _ = trained
+    for name in ("a", "b"):
+        for part in ("images", "masks"):
+            (tmp_path / part / name).mkdir(parents=True)
+            picture = tiny_data / part / "abfm_0004.png"
+            (tmp_path / part / name / "x.png").write_bytes(picture.read_bytes())
+    bundle_run(
+        str(out / "configs" / "inference.yaml"),
+        dataset_dir=tmp_path / "images",
+        pattern="**/*",
+        label_dir=tmp_path / "masks",
+        output_dir=tmp_path / "p",
+    )
+    for name in ("a", "b"):
+        assert (tmp_path / "p" / name / "x_seg.png").is_file()
+        picture = np.asarray(Image.open(tmp_path / "p" / "overlays" / name / "x.png.png"))
+        assert (picture == GREEN).all(-1).any()
 
 
 def test_inference_without_medseg_and_lightning(trained, mixed_folder, tmp_path):
