@@ -19,11 +19,12 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from medseg.tracking.recorder import MLflowRecorder
 from mlflow import MlflowClient
 from pytorch_lightning.loggers import MLFlowLogger
 from race import Result, arguments, prepare, print_table, race
 from torch.utils.data import DataLoader
+
+from medseg.tracking.recorder import MLflowRecorder
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Fit:
 
     @property
     def name(self) -> str:
-        what = {"medseg": "medseg, every epoch", "Lightning": f"Lightning, every {self.every} steps", None: "none"}
-        return what[self.logger] + (", long steps" if self.products else "")
+        every = "every step" if self.every == 1 else f"every {self.every} steps"
+        what = {"medseg": "medseg, every epoch", "Lightning": f"Lightning, {every}", None: "none"}[self.logger]
+        return what + (", long steps" if self.products else "")
 
 
 class Tiny(pl.LightningModule):
@@ -62,7 +64,7 @@ class Tiny(pl.LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         _work(self.matrix, self.fit.products)
-        loss = (self.network(batch["image"]) - batch["label"]).square().mean()
+        loss: torch.Tensor = (self.network(batch["image"]) - batch["label"]).square().mean()
         each = self.fit.logger == "Lightning"
         self.log("train_loss", loss, on_step=each, on_epoch=not each, batch_size=len(batch["image"]))
         return loss

@@ -91,18 +91,15 @@ def prepare(threads: int) -> None:
     os.chdir(ROOT)
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a Markdown table: text to the left, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    print("| " + " | ".join(_pad(text, width, i) for i, (text, width) in enumerate(zip(header, widths))) + " |")
-    print("|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|")
-    for row in cells:
-        print("| " + " | ".join(_pad(text, width, i) for i, (text, width) in enumerate(zip(row, widths))) + " |")
-
-
-def _pad(text: str, width: int, column: int) -> str:
-    return text.ljust(width) if column == 0 else text.rjust(width)
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table: the first column to the left, numbers to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for i, line in enumerate(lines):
+        first, *others = (f"{cell:{'>' if n else '<'}{widths[n]}}" for n, cell in enumerate(line))
+        print("| " + " | ".join([first, *others]) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (width + 1) + (":" if n else "-") for n, width in enumerate(widths)) + "|")
 
 
 def _positive(text: str) -> int:

@@ -1,24 +1,35 @@
 """Networks of the fluorescence bundle: medseg's inference and training against the script one would write without it.
 
-Inference: one 1024x1024 PNG, read and segmented in sliding windows of 512, by the objects of ``inference.yaml`` and by
-PIL, torch and MONAI's inferer. Training: epochs over cached images with the bundle's augmentation, by medseg's module,
-loader and trainer as ``train.yaml`` builds them, and by a loop over MONAI's own transforms and loader.
+Inference: one 1024x1024 PNG, read and segmented in sliding windows of 512 by the objects of ``inference.yaml``.
+Training: epochs over cached images, cut and turned anew, by the module and the loader of ``train.yaml`` in medseg's
+trainer. The peer is ``plain_fluorescence.py``. Both have the same weights; outputs, crops and gradients are compared.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import plain_fluorescence as peer
+import torch
+from monai.bundle import ConfigParser
+from monai.data import DataLoader
+from monai.losses import DiceCELoss
 from race import Result, arguments, prepare, print_table, race
 
-CONFIGS = "bundles/fluorescence_tumor/configs"
+from medseg.tasks.fluorescence_tumor.simulate import simulate
+from medseg.training.trainer import Trainer
+
+BUNDLE = "bundles/fluorescence_tumor"
 NETWORKS = ("unet", "unetpp", "deeplabv3plus", "swin_unetr")
-EPOCHS = 2  # per round of the training race
+EPOCHS = 2  # of two batches each, in one round of the training race
+
+Candidates = dict[str, Callable[[], object]]
 
 
 def main() -> None:
@@ -30,26 +41,17 @@ def main() -> None:
     options = parser.parse_args()
     prepare(options.threads)
     warnings.simplefilter("ignore")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(_rows(options, _simulated(Path(folder), 2 * options.batch)))
+        # Fold 0, every fifth image, validates; the others are two training batches.
+        simulate(Path(folder), -(-2 * options.batch * 5 // 4), test_fraction=0.0)
+        for name in options.networks:
+            for kind in options.races:
+                candidates, images = RACES[kind](name, Path(folder), options)
+                results = race(candidates, options.rounds)
+                rows.append([name, kind, *_numbers(results["medseg"], results["plain"], images)])
     header = ["network", "race", "CPU s/image: medseg", "plain", "images/s: medseg", "plain"]
-    print_table([*header, "speed medseg / plain (CPU)", "(wall)"], rows)
-
-
-def _simulated(folder: Path, training_images: int) -> Path:
-    from medseg.tasks.fluorescence_tumor.simulate import simulate
-
-    # Fold 0 (every fifth image) validates, the other four train.
-    simulate(folder, training_images + -(-training_images // 4), test_fraction=0.0)
-    return folder
-
-
-def _rows(options: Any, data: Path) -> Iterator[list[str]]:
-    for name in options.networks:
-        for kind in options.races:
-            candidates, images = RACES[kind](name, data, options)
-            result = race(candidates, options.rounds)
-            yield [name, kind, *_numbers(result["medseg"], result["plain"], images)]
+    print_table([*header, "speed medseg / plain: CPU", "wall"], rows)
 
 
 def _numbers(medseg: Result, plain: Result, images: int) -> list[str]:
@@ -61,146 +63,92 @@ def _numbers(medseg: Result, plain: Result, images: int) -> list[str]:
     ]
 
 
-def _bundle(config: str, data: Path, **changes: Any) -> Any:
-    """The parser of a config as ``monai.bundle run`` has it, with weights drawn from a fixed seed."""
-    import torch
-    from monai.bundle import ConfigParser
-
+def _bundle(config: str, **changes: Any) -> ConfigParser:
+    """A config of the bundle with other arguments, as ``monai.bundle run`` would read it."""
     torch.manual_seed(0)
     parser = ConfigParser()
-    parser.read_config(f"{CONFIGS}/{config}.yaml")
-    parser.update({"device": "cpu", "output_dir": str(data / "run"), **changes})
-    parser.parse()  # macros that name macros take two passes, and MONAI's workflow makes them: here and on first use
+    parser.read_config(f"{BUNDLE}/configs/{config}.yaml")
+    parser.update({"device": "cpu", **changes})
+    parser.parse()  # a macro that names a macro takes two passes: this one, and that of the first object
     return parser
 
 
-def _plain_network(name: str, weights_of: Any) -> Any:
-    """The network as its own library makes it, with the bundle's weights."""
-    import segmentation_models_pytorch as smp
-    from monai.networks.nets import SwinUNETR
-
-    if name == "swin_unetr":
-        network = SwinUNETR(in_channels=1, out_channels=1, feature_size=24, spatial_dims=2)
-    else:
-        model = {"unet": smp.Unet, "unetpp": smp.UnetPlusPlus, "deeplabv3plus": smp.DeepLabV3Plus}[name]
-        network = model("efficientnet-b3", encoder_weights=None, in_channels=1, classes=1)
-    network.load_state_dict(copy.deepcopy(weights_of.state_dict()))
-    return network
-
-
-def _inference(name: str, data: Path, options: Any) -> tuple[dict[str, Callable[[], Any]], int]:
-    import numpy as np
-    import torch
-    from monai.inferers import SlidingWindowInferer
-    from PIL import Image
-
-    parser = _bundle("inference", data, network_name=name, dataset_dir=str(data / "images"), pattern="abfm_0000.png")
+def _inference(name: str, folder: Path, _: argparse.Namespace) -> tuple[Candidates, int]:
+    file = folder / "images" / "abfm_0000.png"
+    parser = _bundle("inference", network_name=name, dataset_dir=str(file.parent), pattern=file.name)
     network, inferer, dataset = (parser.get_parsed_content(key) for key in ("network", "inferer", "dataset"))
     network.eval()
 
-    @torch.inference_mode()
     def medseg() -> torch.Tensor:
-        logits: torch.Tensor = inferer(dataset[0]["image"][None], network)
+        with torch.inference_mode():
+            logits: torch.Tensor = inferer(dataset[0]["image"][None], network)
         return logits
 
-    peer = _plain_network(name, network).eval()
-    windows = SlidingWindowInferer(roi_size=(512, 512), sw_batch_size=4, overlap=0.25, mode="gaussian")
-
-    @torch.inference_mode()
-    def plain() -> torch.Tensor:
-        pixels = np.asarray(Image.open(data / "images" / "abfm_0000.png"), dtype=np.float32).T.copy()
-        image = torch.from_numpy((pixels - pixels.mean()) / pixels.std())
-        logits: torch.Tensor = windows(image[None, None], peer)
-        return logits
-
-    torch.testing.assert_close(medseg().as_tensor(), plain(), rtol=1e-3, atol=1e-3)
+    plain = partial(peer.segment, _same_weights(name, network).eval(), file)
+    torch.testing.assert_close(medseg(), plain(), rtol=1e-3, atol=1e-3)
     return {"medseg": medseg, "plain": plain}, 1
 
 
-def _training(name: str, data: Path, options: Any) -> tuple[dict[str, Callable[[], Any]], int]:
-    import torch
-    from medseg.training.trainer import Trainer
-
-    where = {"dataset_dir": str(data), "network_name": name, "precision": "32-true", "bundle_root": CONFIGS}
-    recipe = {"roi_size": [options.roi, options.roi], "batch_size": options.batch}
-    parser = _bundle("train", data, **where, **recipe)
-    items = parser.get_parsed_content("train::dataset::data")
-    peer = _plain_network(name, parser.get_parsed_content("network"))
+def _training(name: str, folder: Path, options: argparse.Namespace) -> tuple[Candidates, int]:
+    recipe = {"roi_size": [options.roi, options.roi], "batch_size": options.batch, "precision": "32-true"}
+    parser = _bundle("train", network_name=name, dataset_dir=str(folder), output_dir=str(folder / "run"), **recipe)
+    network = _same_weights(name, parser.get_parsed_content("network"))
     module, loader = (parser.get_parsed_content(key) for key in ("module", "train::dataloader"))
+    dataset = peer.cached(parser.get_parsed_content("train::dataset::data"), options.roi)
+    loss_function = DiceCELoss(sigmoid=True)
+    _check_training(module, parser.get_parsed_content("train::dataset"), network, dataset, loss_function)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
+    batches = DataLoader(dataset, batch_size=options.batch, shuffle=True)
 
     def medseg() -> None:
-        machine = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "enable_progress_bar": False}
-        where = {"output_dir": str(data / "run"), "bundle_root": CONFIGS}
-        parts = {"module": module, "train_dataloader": loader, "val_dataloader": None}
-        Trainer(**parts, **where, **machine, max_epochs=EPOCHS).fit(module, loader)
+        Trainer(
+            module=module,
+            train_dataloader=loader,
+            val_dataloader=None,
+            output_dir=str(folder / "run"),
+            bundle_root=BUNDLE,
+            max_epochs=EPOCHS,
+            accelerator="cpu",
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        ).fit(module, loader)
 
-    plain, plain_dataset, plain_loss = _plain_training(peer, items, options.roi, options.batch)
-    _check_training(module, parser.get_parsed_content("train::dataset"), peer, plain_dataset, plain_loss)
-    return {"medseg": medseg, "plain": plain}, EPOCHS * len(items)
+    def plain() -> None:
+        torch.use_deterministic_algorithms(False)  # torch's default, which medseg's trainer has changed
+        peer.train(network, batches, loss_function, optimizer, EPOCHS)
 
-
-def _plain_training(network: Any, items: list[dict[str, Any]], roi: int, batch: int) -> tuple[Any, Any, Any]:
-    import torch
-    from monai import transforms as mt
-    from monai.data import CacheDataset, DataLoader
-    from monai.losses import DiceCELoss
-
-    keys, size = ["image", "label"], (roi, roi)
-    steps = [
-        mt.LoadImaged(keys, reader="ITKReader", image_only=True),
-        mt.EnsureChannelFirstd(keys),
-        mt.Lambdad("label", lambda x: (x > 0).float()),
-        mt.NormalizeIntensityd("image"),
-        mt.SpatialPadd(keys, size),
-        mt.RandCropByPosNegLabeld(keys, label_key="label", spatial_size=size, pos=1, neg=0, num_samples=1),
-        mt.RandRotate90d(keys, prob=0.75, max_k=3),
-        mt.RandFlipd(keys, prob=0.5, spatial_axis=0),
-        mt.RandFlipd(keys, prob=0.5, spatial_axis=1),
-    ]
-    dataset = CacheDataset(items, mt.Compose(steps), progress=False)
-    loader = DataLoader(dataset, batch_size=batch, shuffle=True)
-    loss_function = DiceCELoss(sigmoid=True)
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
-
-    def train() -> None:
-        torch.use_deterministic_algorithms(False)  # torch's default, which medseg's trainer changes
-        network.train()
-        for _ in range(EPOCHS):
-            for data in loader:
-                optimizer.zero_grad()
-                loss = loss_function(network(data["image"]), data["label"])
-                loss.backward()
-                optimizer.step()
-
-    return train, dataset, loss_function
+    return {"medseg": medseg, "plain": plain}, EPOCHS * len(dataset)
 
 
-def _check_training(module: Any, dataset: Any, peer: Any, plain_dataset: Any, plain_loss: Any) -> None:
-    """Both sides cut the same regions from the same images, and get the same loss and gradients from them."""
-    import torch
+def _same_weights(name: str, network: torch.nn.Module) -> torch.nn.Module:
+    plain = peer.build(name)
+    plain.load_state_dict({key: value.clone() for key, value in network.state_dict().items()})
+    return plain
 
+
+def _check_training(
+    module: Any, dataset: Any, network: torch.nn.Module, plain_dataset: Any, loss_function: Any
+) -> None:
+    """With the same seed both sides cut the same regions, and get the same gradients from them."""
+    batches, gradients = [], []
     for of in (dataset, plain_dataset):
         of.transform.set_random_state(seed=0)
-    pairs = [([a] if isinstance(a, dict) else a) for a in (dataset[0], plain_dataset[0])]
-    ours, theirs = ({k: pair[0][k].as_tensor()[None].repeat(2, 1, 1, 1) for k in ("image", "label")} for pair in pairs)
-    for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key])
-    torch.manual_seed(0)  # dropped paths are drawn alike
-    ours_gradients = _gradients(module.train().training_step(ours, 0), module.network)
-    torch.manual_seed(0)
-    plain_gradients = _gradients(plain_loss(peer.train()(theirs["image"]), theirs["label"]), peer)
-    close = float(torch.nn.functional.cosine_similarity(ours_gradients, plain_gradients, dim=0))
-    if close < 0.999:
-        raise RuntimeError(f"the gradients of the two sides differ: cosine {close:.4f}")
-
-
-def _gradients(loss: Any, network: Any) -> Any:
-    import torch
-
-    loss.backward()
-    gradients = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
-    network.zero_grad()
-    return gradients
+        items = [item[0] if isinstance(item, list) else item for item in (of[0], of[1])]
+        batches.append({key: torch.stack([item[key].as_tensor() for item in items]) for key in ("image", "label")})
+    torch.testing.assert_close(*batches)
+    steps = (
+        (module.network, lambda batch: module.training_step(batch, 0)),
+        (network, lambda batch: loss_function(network(batch["image"]), batch["label"])),
+    )
+    for (trained, step), batch in zip(steps, batches, strict=True):
+        trained.eval()  # dropout would draw in the order of the memory, which channels-last changes
+        step(batch).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trained.parameters() if p.grad is not None]))
+        trained.zero_grad()
+    ours, theirs = gradients
+    similarity = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0))
+    if similarity < 0.999:
+        raise RuntimeError(f"the gradients of the two sides differ: cosine similarity {similarity:.4f}")
 
 
 RACES = {"inference": _inference, "training": _training}

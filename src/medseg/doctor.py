@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.bundles.catalog import list_bundles, repository_root
-from medseg.tracking.store import local_path, tracking_uri
+from medseg.tracking.store import local_path, tracking_uri, without_credentials
 
 #: What training needs beyond what each bundle's metadata names for inference.
 TRAINING = ("pytorch-lightning", "mlflow", "safetensors", "scipy", "psutil")
@@ -85,9 +85,12 @@ def _mlflow(root: Path | None, problems: list[str]) -> str:
     uri = tracking_uri()
     database = local_path(uri)
     if database is None:
-        return f"{uri} (a server; from MLFLOW_TRACKING_URI)"
+        return f"{without_credentials(uri)} (a server; from MLFLOW_TRACKING_URI)"
     if not os.environ.get("MLFLOW_TRACKING_URI") and root:
         database = root / database.name  # bundles are run from the checkout
+    if not database.parent.is_dir():
+        problems.append(f"MLflow cannot write {database}: make its folder or set MLFLOW_TRACKING_URI")
+        return str(database)
     if not os.access(database.parent, os.W_OK):
         problems.append(f"MLflow cannot write {database}: make its folder writable or set MLFLOW_TRACKING_URI")
     free = shutil.disk_usage(database.parent).free / 2**30

@@ -18,7 +18,7 @@ from conftest import CONFIGS, REPOSITORY, TINY
 from mlflow import MlflowClient
 
 from medseg.training.module import Case, summarise
-from medseg.training.run_folder import claim_run_folder
+from medseg.training.run_folder import claim_run_folder, run_lock
 from medseg.training.trainer import _named, typical_cases, write_results
 
 
@@ -42,6 +42,44 @@ def test_resumed_run_equals_an_uninterrupted_one(bundle_run, tiny_data, tmp_path
     torch.testing.assert_close(last_weights(parts), last_weights(whole), rtol=0, atol=0)
     assert (parts / "metrics.json").read_text() == (whole / "metrics.json").read_text()
     assert len((parts / "train.log").read_text().splitlines()) == 3
+
+
+def test_the_last_checkpoint_is_the_last_epoch_though_nothing_improves(bundle_run, tiny_data, tmp_path):
+    out = tmp_path / "run"
+    # a threshold above every probability: Dice is 0 in all epochs
+    train(bundle_run, tiny_data, out, max_epochs=4, val_interval=2, threshold=1.1)
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 3
+    assert ["val_dice" in line for line in (out / "train.log").read_text().splitlines()] == [False, True, False, True]
+    record = json.loads((out / "mlflow_run.json").read_text())
+    history = MlflowClient(record["tracking_uri"]).get_metric_history(record["run_id"], "val_dice")
+    assert [m.step for m in history] == [1, 3]
+    # other settings are refused on resume, and a word is no truth value
+    for arguments, message in (
+        ({"resume": True, "learning_rate": 0.5}, "learning_rate"),
+        ({"resume": "false"}, "True"),
+    ):
+        done = bundle_run(str(out / "configs" / "train.yaml"), check=False, **arguments)
+        assert done.returncode != 0
+        assert message in done.stderr.splitlines()[-1]
+
+
+def test_a_diverged_training_fails(bundle_run, tiny_data, tmp_path):
+    out = tmp_path / "run"
+    arguments = {**TINY, "dataset_dir": tiny_data, "output_dir": out, "network_name": "unet"}
+    done = bundle_run(f"{CONFIGS}/train.yaml", check=False, max_epochs=3, learning_rate=1e30, **arguments)
+    assert done.returncode != 0
+    assert "lower --learning_rate" in done.stderr.splitlines()[-1]
+    record = json.loads((out / "mlflow_run.json").read_text())
+    assert MlflowClient(record["tracking_uri"]).get_run(record["run_id"]).info.status == "FAILED"
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    with run_lock(tmp_path / "r"), pytest.raises(FileExistsError, match="in use by process"), run_lock(tmp_path / "r"):
+        pass
+    (tmp_path / "r" / "running.pid").write_text("999999999")  # left behind by a process that was killed
+    with run_lock(tmp_path / "r"):
+        pass
+    assert not (tmp_path / "r" / "running.pid").exists()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -116,7 +154,7 @@ def test_nothing_defined_is_nan_and_null(tmp_path):
 
 def test_equal_file_names_do_not_overwrite_each_others_overlays():
     cases = [case("a/x.png", 1.0), case("b/x.png", 0.5), case("b/y.png", 0.5)]
-    assert list(_named(cases)) == ["x_0", "x_1", "y"]
+    assert list(_named(cases)) == ["0000_x", "0001_x", "0002_y"]
 
 
 def test_worst_median_best():

@@ -63,7 +63,7 @@ def load_datalist(
     """
     path, root = Path(path), Path(dataset_dir)
     if not path.is_file():
-        raise FileNotFoundError(f"no data list at {path}; write one, or pass --dataset_dir or --datalist_file")
+        raise FileNotFoundError(f"no data list at {path}; write one, or pass --dataset_dir or --datalist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -86,6 +86,7 @@ def load_datalist(
         problems += _check_items(lists, check_item)
     if problems:
         raise DatalistError(path, problems)
+    _level_fields(lists)
     return lists
 
 
@@ -220,6 +221,16 @@ def _group_problems(lists: Mapping[str, list[Item]]) -> list[str]:
                 if other != side:
                     problems[key] = f"{field} {item[field]} is in {other} and in {side}; keep it on one side"
     return list(problems.values())
+
+
+def _level_fields(lists: Mapping[str, list[Item]]) -> None:
+    """Give every item the same fields, as text or numbers: a batch is put together field by field."""
+    items = [item for part in lists.values() for item in part]
+    fields = dict.fromkeys(k for item in items for k in item if k != "fold")
+    for item in items:
+        for field in fields:
+            value = item.get(field)
+            item[field] = value if isinstance(value, (str, int, float)) else "" if value is None else json.dumps(value)
 
 
 def _check_items(lists: Mapping[str, list[Item]], check_item: Callable[[Item], str | None]) -> list[str]:

@@ -55,7 +55,10 @@ class PredictionReport:
         for item in engine.state.output:
             file = str(item["image"].meta["filename_or_obj"])
             pred = np.asarray(item["pred"].cpu())[0].T > 0.5
-            row = {"file": file, **measure(pred, np.asarray(item["probability"].cpu())[0].T)}
+            probability = np.asarray(item["probability"].cpu())[0].T
+            if not np.isfinite(probability).all():
+                raise ValueError("the network's output is not finite; does the image hold NaN?")
+            row = {"file": file, **measure(pred, probability)}
             # The suffix stays in the name: a.png and a.tif may lie side by side.
             name = Path(file).relative_to(self.root)
             picture = self.folder / "overlays" / name.with_name(f"{name.name}.png")
@@ -75,8 +78,10 @@ class PredictionReport:
         done = f"{len(self.rows)} of {len(self.images)} images"
         log.info("%s: masks, overlays/ and predictions.csv in %s", done, self.folder)
 
-    def _fail(self, engine: Any, error: Exception) -> None:
+    def _fail(self, engine: Any, error: BaseException) -> None:
         self._write(engine)
+        if not isinstance(error, Exception):  # Ctrl-C is nobody's fault
+            raise error
         # One image per batch, in order: the first that is missing is the one that broke.
         broken = self.images[min(len(self.rows), len(self.images) - 1)]
         raise ValueError(f"{broken} could not be segmented: {_deepest(error)}") from error
@@ -88,19 +93,24 @@ def _deepest(error: BaseException) -> BaseException:
     return error
 
 
-def check_inputs(images: Sequence[str], ckpt_path: str) -> None:
+def check_inputs(images: Sequence[str], ckpt_path: str, dataset_dir: str, output_dir: str) -> None:
     """Stop before the work if there is nothing to do or nothing to do it with; MONAI skips an empty run with a note.
 
     Args:
         images: files to segment.
         ckpt_path: weights that will be loaded.
+        dataset_dir: the folder the images come from.
+        output_dir: where masks go. Among the images they could overwrite a file, and a second run would segment them.
 
     Raises:
-        ValueError: if there are no images.
+        ValueError: if there are no images, or the output folder is one that images are taken from.
         FileNotFoundError: if there are no weights.
     """
     if not images:
         raise ValueError("no images to segment: check --dataset_dir, --pattern and --suffixes")
+    output = Path(output_dir).resolve()
+    if output == Path(dataset_dir).resolve() or any(output in Path(i).resolve().parents for i in images):
+        raise ValueError(f"--output_dir {output_dir} is a folder that images are taken from; choose another")
     if not Path(ckpt_path).is_file():
         raise FileNotFoundError(
             f"no weights at {ckpt_path}: train first and use the run's own configs/inference.yaml, or pass --ckpt_path "

@@ -9,6 +9,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from medseg.tracking.store import without_credentials
+
 PACKAGES = (
     "medseg", "monai", "torch", "torchvision", "pytorch-lightning", "pytorch-ignite", "segmentation-models-pytorch",
     "mlflow", "numpy", "scipy", "itk", "nibabel", "pydicom", "einops",
@@ -45,7 +47,7 @@ def provenance_tags() -> dict[str, str]:
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     tags = {
         "mlflow.user": getpass.getuser(),
-        "mlflow.source.name": " ".join(sys.argv)[:5000],
+        "mlflow.source.name": without_credentials(" ".join(sys.argv))[:5000],
         "mlflow.source.type": "LOCAL",
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {device}",
         **{f"version.{k}": v for k, v in package_versions().items()},

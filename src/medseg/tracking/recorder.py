@@ -18,13 +18,17 @@ from medseg.bundles.running import running_parser, scalar_settings
 from medseg.io.datalist import fingerprint
 from medseg.io.files import write_atomically
 from medseg.tracking.provenance import provenance_tags
-from medseg.tracking.store import StoreWriter
+from medseg.tracking.store import StoreWriter, without_credentials
+from medseg.training.epoch_log import epoch_metrics
 from medseg.training.module import Case, summarise
 
 RUN_FILE = "mlflow_run.json"
 
 #: Limits of MLflow's ``log_batch``.
 MAX_PARAMS, MAX_VALUE = 100, 6000
+
+#: Pictures that one run puts into the store; its folder has all of them.
+MAX_OVERLAYS = 30
 
 __all__ = ["MLflowRecorder"]
 
@@ -92,20 +96,21 @@ class MLflowRecorder(pl.Callback):
         """Send the epoch's metrics, all in one batch."""
         if self._store is None:
             return
-        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        values = {k: float(v) for k, v in epoch_metrics(trainer).items()}
         values["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         values["epoch_seconds"] = time.perf_counter() - self._epoch_started
         values["images_per_second"] = self._images / max(self._train_ended - self._epoch_started, 1e-9)
         values["peak_memory_gb"] = _peak_memory_gb()
         self._metrics(values, trainer.current_epoch)
 
-    def on_results(self, folder: Path, cases: list[Case], part: str) -> None:
+    def on_results(self, folder: Path, cases: list[Case], part: str, overlays: list[Path]) -> None:
         """Record final scores, the table per image, overlays and weights.
 
         Args:
             folder: the run's folder with ``per_image.csv`` and ``overlays/`` written.
             cases: the scored cases.
             part: ``best_val`` after a training, else the part of the data list.
+            overlays: the pictures that were drawn; the first ``MAX_OVERLAYS`` are recorded.
         """
         if self._store is None:
             return
@@ -126,7 +131,7 @@ class MLflowRecorder(pl.Callback):
             for name in names:
                 if (folder / name).is_file():
                     self._file(folder / name, target)
-        for picture in sorted((folder / "overlays").glob("*.png"))[:30]:
+        for picture in overlays[:MAX_OVERLAYS]:
             self._file(picture, "overlays")
 
     def on_run_end(self, status: str) -> None:
@@ -146,11 +151,12 @@ class MLflowRecorder(pl.Callback):
         if not trainer.is_global_zero or self._store is not None:
             return
         file = self.folder / RUN_FILE
-        resumed = json.loads(file.read_text()) if kind == "train" and file.is_file() else {}
-        run_id = resumed.get("run_id") if resumed.get("tracking_uri") == self.uri else None
+        resumed = json.loads(file.read_text()) if getattr(trainer, "resumed", False) and file.is_file() else {}
+        uri = without_credentials(self.uri)
+        run_id = resumed.get("run_id") if resumed.get("tracking_uri") == uri else None
 
         def remember(run_id: str) -> None:
-            content = {"run_id": run_id, "tracking_uri": self.uri, "experiment": self.experiment}
+            content = {"run_id": run_id, "tracking_uri": uri, "experiment": self.experiment}
             write_atomically(file, (json.dumps(content) + "\n").encode())
 
         tags = {"kind": kind, **self.tags, **provenance_tags()}
@@ -170,7 +176,7 @@ class MLflowRecorder(pl.Callback):
         settings = scalar_settings(self._parser)
         settings["parameters"] = str(sum(p.numel() for p in module.network.parameters()))
         settings["trainable_parameters"] = str(sum(p.numel() for p in module.network.parameters() if p.requires_grad))
-        params = [Param(k[:250], v[:MAX_VALUE]) for k, v in settings.items()]
+        params = [Param(k[:250], without_credentials(v)[:MAX_VALUE]) for k, v in settings.items()]
         for i in range(0, len(params), MAX_PARAMS):
             chunk = params[i : i + MAX_PARAMS]
             self._store.submit("parameters", functools.partial(_log_params, params=chunk))

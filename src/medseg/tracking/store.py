@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from typing import Any
 FINAL_ERRORS = {
     "INVALID_PARAMETER_VALUE",
     "BAD_REQUEST",
-    "RESOURCE_ALREADY_EXISTS",
     "PERMISSION_DENIED",
     "UNAUTHENTICATED",
 }
@@ -86,6 +86,11 @@ class StoreWriter:
         self._deadline = time.monotonic() + timeout
         self._writes.put(None)
         self._thread.join(timeout + 30)
+        if self._thread.is_alive():
+            left = self._writes.qsize()
+            log.warning(
+                "MLflow store %s is slow: about %d writes are left; the run's folder has it all", self.uri, left
+            )
 
     def _work(self) -> None:
         # MLflow's own patience (minutes per request) would outlast any timeout here; the retries below replace it.
@@ -108,13 +113,13 @@ class StoreWriter:
         from mlflow import MlflowClient
 
         client = MlflowClient(self.uri)
+        if self.run_id is not None and not _continue(client, self.run_id):
+            self.run_id = None
         if self.run_id is None:
             known = client.get_experiment_by_name(self.experiment)
             experiment_id = known.experiment_id if known else self._create_experiment(client)
             run = client.create_run(experiment_id, run_name=self.run_name, tags=self.tags)
             self.run_id = run.info.run_id
-        else:
-            client.update_run(self.run_id, status="RUNNING")
         self._client = client
         self._on_run(self.run_id)
 
@@ -145,6 +150,24 @@ class StoreWriter:
             while time.monotonic() < min(nap_until, self._deadline):
                 time.sleep(0.2)
             pause = min(pause * 2, 30.0)
+
+
+def _continue(client: Any, run_id: str) -> bool:
+    """Take up an earlier run; ``False`` if the store knows it no more, so that a new one is made."""
+    try:
+        if client.get_run(run_id).info.lifecycle_stage != "active":
+            return False
+        client.update_run(run_id, status="RUNNING")
+    except Exception as error:
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
+
+
+def without_credentials(text: str) -> str:
+    """A text without the ``user:password@`` of the addresses in it."""
+    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def local_path(uri: str) -> Path | None:

@@ -11,7 +11,13 @@ import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
 
-__all__ = ["EpochLog"]
+__all__ = ["EpochLog", "epoch_metrics"]
+
+
+def epoch_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """The metrics of the epoch that ends: Lightning keeps old validation scores through epochs without validation."""
+    validated = (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if validated or not k.startswith("val_")}
 
 
 class EpochLog(pl.Callback):
@@ -33,7 +39,7 @@ class EpochLog(pl.Callback):
         """Write the epoch's line."""
         if not trainer.is_global_zero:
             return
-        values = " ".join(f"{k}={float(v):.4f}" for k, v in sorted(trainer.callback_metrics.items()))
+        values = " ".join(f"{k}={float(v):.4f}" for k, v in sorted(epoch_metrics(trainer).items()))
         seconds = time.perf_counter() - self._started
         line = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} {values} seconds={seconds:.1f}"
         if trainer.progress_bar_callback is None:

@@ -76,7 +76,7 @@ class SegmentationModule(pl.LightningModule):
         postprocessing: from one decollated item with logits under ``pred`` to a mask under ``pred``.
         metrics: functions of two boolean masks of one case, by name.
         lr_scheduler: a scheduler, or Lightning's dictionary with ``scheduler`` and ``interval``.
-        channels_last: memory format of 2D networks; faster on CPU and GPU.
+        channels_last: memory format of 2D networks; convolutions are faster with it, attention is not.
     """
 
     def __init__(
@@ -123,6 +123,15 @@ class SegmentationModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Put everything but the frozen children into training mode; Lightning leaves the modes to the module."""
         self.train()
+
+    def on_train_epoch_end(self) -> None:
+        """Stop a training that diverged, before its weights become the last checkpoint."""
+        loss = self.trainer.callback_metrics.get("train_loss")
+        if loss is not None and not torch.isfinite(loss):
+            raise ValueError(
+                f"the training loss of epoch {self.current_epoch + 1} is {float(loss)}: lower --learning_rate, or look "
+                "for NaN in the images; --resume True continues from the epoch before"
+            )
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> torch.Tensor:
         """Loss of one batch with ``image`` (B, C, ...) and ``label`` (B, K, ...)."""

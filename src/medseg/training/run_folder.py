@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,23 @@ import yaml
 from medseg.bundles.running import Config, resolve_macros
 from medseg.io.files import write_atomically
 
-__all__ = ["claim_run_folder", "write_run_configs"]
+#: What may differ when a run is resumed: how far, where and with what it runs, not what is trained.
+MAY_CHANGE = {
+    "bundle_root",
+    "cache_rate",
+    "datalist",
+    "dataset_dir",
+    "device",
+    "max_epochs",
+    "num_workers",
+    "output_dir",
+    "precision",
+    "resume",
+    "run_name",
+    "tracking_uri",
+}
+
+__all__ = ["check_resumed_config", "claim_run_folder", "run_lock", "write_config", "write_run_configs"]
 
 
 def claim_run_folder(folder: Path, resume: bool) -> Path | None:
@@ -63,13 +82,15 @@ def write_run_configs(folder: Path, config: Config, bundle_root: Path) -> list[P
     Returns:
         The files written.
     """
+    folder = folder.resolve()  # the configs work from any folder
     source, target = bundle_root / "configs", folder / "configs"
     configs: dict[str, Config] = {"train": {**config, "output_dir": str(folder), "resume": False}}
     if (source / "evaluate.yaml").is_file():
         merged = dict(config)
         for key, value in _read(source / "evaluate.yaml").items():
             _set(merged, key, value)
-        merged |= {"bundle_root": str(folder), "output_dir": str(folder / "evaluation")}
+        evaluation = f"$os.path.join({str(folder / 'evaluation')!r}, @part)"
+        merged |= {"bundle_root": str(folder), "output_dir": evaluation}
         configs["evaluate"] = resolve_macros(merged, Path.cwd())
     if (source / "inference.yaml").is_file():
         raw = _read(source / "inference.yaml")
@@ -81,14 +102,78 @@ def write_run_configs(folder: Path, config: Config, bundle_root: Path) -> list[P
         configs["inference"] = resolve_macros(raw, Path.cwd())
     written = []
     for name, content in configs.items():
-        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
         written.append(target / f"{name}.yaml")
-        write_atomically(written[-1], text.encode())
+        write_config(written[-1], content)
     for name in ("metadata.json", "logging.conf"):
         if (source / name).is_file():
             written.append(target / name)
             write_atomically(written[-1], (source / name).read_bytes())
     return written
+
+
+def write_config(path: Path, content: Config) -> None:
+    """Write one config as YAML, keys in their order.
+
+    Args:
+        path: file to write.
+        content: plain dictionaries, lists, strings and numbers.
+    """
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120).encode())
+
+
+def check_resumed_config(folder: Path, config: Config) -> None:
+    """Refuse to continue a run with other settings; those of the machine and the number of epochs may change.
+
+    Args:
+        folder: the run's folder.
+        config: what the resumed run was called with.
+
+    Raises:
+        ValueError: naming every changed setting.
+    """
+    file = folder / "configs" / "train.yaml"
+    if not file.is_file():
+        return
+    before = _read(file)
+    changed = [k for k in {**before, **config} if k not in MAY_CHANGE and before.get(k) != config.get(k)]
+    if changed:
+        raise ValueError(
+            f"a resumed run keeps its settings, but these differ from {file}: {', '.join(sorted(changed))}; leave them "
+            "out, or start a new run in another --output_dir"
+        )
+    if before.get("max_epochs") != config.get("max_epochs"):
+        write_config(file, {**before, "max_epochs": config.get("max_epochs")})
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to one process: two would overwrite each other's checkpoints.
+
+    Args:
+        folder: the run's folder; made if needed.
+
+    Raises:
+        FileExistsError: if a living process holds it. A lock that a dead one left behind is taken over.
+    """
+    import psutil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / "running.pid"
+    holder = lock.read_text().strip() if lock.exists() else ""
+    if holder.isdigit() and not psutil.pid_exists(int(holder)):
+        lock.unlink(missing_ok=True)
+    try:
+        with lock.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{folder} is in use by process {holder or '(just starting)'}; give every run an --output_dir of its own "
+            f"(if no such run exists, delete {lock})"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Config:

@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from medseg.io.images import read_grey, write_png
 from medseg.io.overlay import overlay
 from medseg.training.checkpoint import load_weights, save_weights
 from medseg.training.module import Case, SegmentationModule, summarise
-from medseg.training.run_folder import claim_run_folder, write_run_configs
+from medseg.training.run_folder import (
+    check_resumed_config,
+    claim_run_folder,
+    run_lock,
+    write_config,
+    write_run_configs,
+)
 
 ReadImage = Callable[[str], Any]
 
@@ -69,7 +75,9 @@ class Trainer(pl.Trainer):
     ) -> None:
         super().__init__(callbacks=_callbacks(handlers), **_defaults(kwargs))
         self._module, self._loaders = module, (train_dataloader, val_dataloader)
-        self._folder, self._bundle_root, self._resume = Path(output_dir), Path(bundle_root), resume
+        if not isinstance(resume, bool):  # on a command line `false` is a word, and words are true
+            raise ValueError(f"--resume is {resume!r}; pass True or False")
+        self._folder, self._bundle_root, self.resumed = Path(output_dir), Path(bundle_root), resume
         self._read_image = read_image
         self._parser = running_parser()
 
@@ -80,10 +88,18 @@ class Trainer(pl.Trainer):
 
     def run(self) -> None:
         """Train, then score the best weights on the validation cases and write everything into the run's folder."""
-        last = claim_run_folder(self._folder, self._resume)
-        if last is None and self._parser is not None and self.is_global_zero:
-            write_run_configs(self._folder, merged_config(self._parser), self._bundle_root)
-        with _ended_by_sigterm(), _recorded(self):
+        with run_lock(self._folder) if self.is_global_zero else nullcontext():
+            self._train_and_score()
+
+    def _train_and_score(self) -> None:
+        last = claim_run_folder(self._folder, self.resumed)
+        if self._parser is not None and self.is_global_zero:
+            config = merged_config(self._parser)
+            if self.resumed:
+                check_resumed_config(self._folder, config)
+            else:
+                write_run_configs(self._folder, config, self._bundle_root)
+        with _ended_by_signals(), _recorded(self):
             self.fit(self._module, *self._loaders, ckpt_path=last, weights_only=True)
             self._finish()
 
@@ -91,6 +107,8 @@ class Trainer(pl.Trainer):
         best = getattr(self.checkpoint_callback, "best_model_path", "")
         if best and Path(best).is_file():
             load_weights(self._module.network, best)
+        else:
+            log.warning("no best checkpoint (%s): the last weights are kept instead", best or "nothing was validated")
         if self.is_global_zero:
             save_weights(self._module.network, self._folder / "models" / "model.pt")
         self._module.keep_masks = True
@@ -99,8 +117,8 @@ class Trainer(pl.Trainer):
         if self.is_global_zero:
             cases = self._module.cases
             write_results(self._folder, cases)
-            write_overlays(self._folder / "overlays", typical_cases(cases), self._read_image)
-            _tell(self, "on_results", self._folder, cases, "best_val")
+            pictures = write_overlays(self._folder / "overlays", typical_cases(cases), self._read_image)
+            _tell(self, "on_results", self._folder, cases, "best_val", pictures)
             log.info("best weights: %s", self._folder / "models" / "model.pt")
 
 
@@ -148,14 +166,16 @@ class Evaluator(pl.Trainer):
             What ``metrics.json`` holds.
         """
         self._module.keep_masks = True
-        with _ended_by_sigterm(), _recorded(self):
+        if self._parser is not None and self.is_global_zero:
+            write_config(self._folder / "configs" / "evaluate.yaml", merged_config(self._parser))
+        with _ended_by_signals(), _recorded(self):
             self.test(self._module, self._loader, verbose=False)
             cases = self._module.cases
             if not self.is_global_zero:
                 return {}
             summary = write_results(self._folder, cases)
-            write_overlays(self._folder / "overlays", _named(cases), self._read_image)
-            _tell(self, "on_results", self._folder, cases, self._part)
+            pictures = write_overlays(self._folder / "overlays", _named(cases), self._read_image)
+            _tell(self, "on_results", self._folder, cases, self._part, pictures)
             log.info("scores of the %s part\n%s", self._part, _table(summary))
             log.info("per image: %s   overlays: %s", self._folder / "per_image.csv", self._folder / "overlays")
         return summary
@@ -215,9 +235,10 @@ def write_overlays(folder: Path, cases: dict[str, Case], read_image: ReadImage) 
 
 
 def _named(cases: list[Case]) -> dict[str, Case]:
-    """Cases by file name; where two images have the same one, their place in the list is added."""
+    """Cases by file name, with their place in the list in front if two images have the same one."""
     stems = [Path(c.image).stem for c in cases]
-    names = [stem if stems.count(stem) == 1 else f"{stem}_{i}" for i, stem in enumerate(stems)]
+    unique = len(set(stems)) == len(stems)
+    names = stems if unique else [f"{i:04d}_{stem}" for i, stem in enumerate(stems)]
     return dict(zip(names, cases, strict=True))
 
 
@@ -285,8 +306,8 @@ def _tell(trainer: pl.Trainer, event: str, *args: Any) -> None:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """A scheduler's SIGTERM ends the run like Ctrl-C does: recorded as killed, resumable."""
+def _ended_by_signals() -> Iterator[None]:
+    """A scheduler's SIGTERM and a closed terminal's SIGHUP end the run like Ctrl-C: recorded as killed, resumable."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -294,11 +315,13 @@ def _ended_by_sigterm() -> Iterator[None]:
     def stop(signum: int, _: Any) -> None:
         raise SystemExit(128 + signum)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _no_nan(value: Any) -> Any:

@@ -43,6 +43,8 @@ def prepare(network: nn.Module, mode: str, weights: str, encoder: str) -> nn.Mod
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
+    if mode == "end_to_end" and weights != "imagenet":
+        raise ValueError("--encoder_weights has no effect in end_to_end mode; pass --mode transfer as well")
     if mode == "transfer":
         load_encoder(network, weights, encoder)
         for parameter in _encoder(network).parameters():

@@ -109,13 +109,13 @@ def test_evaluation_scores_the_test_part_and_is_recorded(trained, bundle_run):
     out, _ = trained
     done = bundle_run(str(out / "configs" / "evaluate.yaml"))
     assert "2 cases, " in done.stdout
-    rows = list(csv.DictReader((out / "evaluation" / "per_image.csv").open()))
+    rows = list(csv.DictReader((out / "evaluation" / "test" / "per_image.csv").open()))
     assert [Path(r["image"]).name for r in rows] == ["abfm_0000.png", "abfm_0001.png"]
     for row in rows:
         assert float(row["dice"]) + float(row["fpsr"]) + float(row["fnsr"]) == pytest.approx(1)
-    summary = json.loads((out / "evaluation" / "metrics.json").read_text())
+    summary = json.loads((out / "evaluation" / "test" / "metrics.json").read_text())
     assert summary["metrics"]["dice"]["mean"] == pytest.approx(np.mean([float(r["dice"]) for r in rows]))
-    _, run = mlflow_run(out / "evaluation")
+    _, run = mlflow_run(out / "evaluation" / "test")
     assert run.data.metrics["test_dice"] == pytest.approx(summary["metrics"]["dice"]["mean"])
     assert run.data.tags["training_run_id"] == json.loads((out / "mlflow_run.json").read_text())["run_id"]
 

@@ -44,7 +44,7 @@ def demo(out: Path, seed: int = 0) -> dict[str, float]:
         dataset_dir=data, output_dir=trained, seed=seed, run_name="demo-unetpp",
     )  # fmt: skip
     run.bundle("evaluate", str(trained / "configs" / "evaluate.yaml"))
-    rows = _rows(trained / "evaluation" / "per_image.csv")
+    rows = _rows(trained / "evaluation" / "test" / "per_image.csv")
     run.bundle(
         "inference", str(trained / "configs" / "inference.yaml"),
         dataset_dir=_folder_to_segment(run.out / "new_images", rows),
@@ -59,7 +59,7 @@ def demo(out: Path, seed: int = 0) -> dict[str, float]:
         metrics,
         [
             f"overlays (truth green, prediction yellow): {run.out / 'predictions' / 'overlays'}",
-            f"overlays of all {len(rows)} held-out images: {trained / 'evaluation' / 'overlays'}",
+            f"overlays of all {len(rows)} held-out images: {trained / 'evaluation' / 'test' / 'overlays'}",
             f"masks and predictions.csv: {run.out / 'predictions'}",
             f"the run, a bundle of its own: {trained}",
             f"open the MLflow page: cd {run.root} && {Path(sys.executable).parent / 'mlflow'} ui{server}",

@@ -105,6 +105,8 @@ def simulate(
         ValueError: on an unknown style or a number out of range.
     """
     _check(count, style, size, frames_per_video, test_fraction)
+    if (out / "datalist.json").exists() and "(simulated)" not in (out / "datalist.json").read_text(encoding="utf-8"):
+        raise ValueError(f"{out / 'datalist.json'} was not written by a simulation; choose another --out")
     for folder in ("images", "masks"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     training, test = [], []
