@@ -102,6 +102,17 @@ def test_one_image_on_two_sides_is_a_leak(folder):
     assert "a.png is in fold 0 and in test" in problems(folder, content)
 
 
+def test_fields_of_some_items_only_become_fields_of_all(folder, write_list):
+    content = good()
+    content["training"][0] |= {"note": "blurred", "age": 61, "site": None, "tags": ["a", "b"]}
+    lists = load_datalist(write_list(folder, content), folder)
+    assert all(
+        set(i) - {"fold"} == {"image", "label", "note", "age", "site", "tags"} for p in lists.values() for i in p
+    )
+    assert [i["note"] for i in lists["training"]] == ["blurred", "", ""]
+    assert lists["training"][0]["tags"] == '["a", "b"]'
+
+
 def test_an_empty_part_says_what_there_is(folder, write_list):
     lists = load_datalist(write_list(folder, {"training": [item("a", fold=3)]}), folder)
     with pytest.raises(ValueError, match=r"nothing for validation with fold 0: 1 training items in folds \[3\]"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from medseg.tracking import store as module
-from medseg.tracking.store import StoreWriter, local_path, tracking_uri
+from medseg.tracking.store import StoreWriter, local_path, tracking_uri, without_credentials
 
 
 class Client:
@@ -98,6 +98,11 @@ def test_an_invalid_value_is_dropped_and_the_rest_goes_on(client, caplog):
     store.close(timeout=5)
     assert done == ["metrics"]
     assert "a bad parameter" in caplog.text
+
+
+def test_credentials_stay_out_of_the_record():
+    assert without_credentials("http://user:secret@host:5000/x") == "http://host:5000/x"
+    assert without_credentials("sqlite:////data/a@b.db") == "sqlite:////data/a@b.db"
 
 
 def test_where_runs_are_recorded(monkeypatch):

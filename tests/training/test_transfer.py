@@ -72,6 +72,11 @@ def test_end_to_end_freezes_nothing():
     assert frozen_children(network) == []
 
 
+def test_weights_without_transfer_are_refused():
+    with pytest.raises(ValueError, match="--mode transfer"):
+        prepare(smp.Unet(**SMP), "end_to_end", "encoder.pt", "resnet18")
+
+
 def test_offline_without_a_file_says_both_ways_out(monkeypatch):
     def offline(*_: object, **__: object) -> None:
         raise OSError("no route to host")

@@ -63,6 +63,13 @@ def test_the_seed_decides_everything(tmp_path):
     assert json.loads((tmp_path / "a" / "datalist.json").read_text())["labels"] == {"0": "background", "1": "tumour"}
 
 
+def test_a_list_that_no_simulation_wrote_is_kept(tmp_path):
+    (tmp_path / "datalist.json").write_text('{"training": []}')
+    with pytest.raises(ValueError, match="not written by a simulation"):
+        simulate(tmp_path, 1, size=48)
+    assert (tmp_path / "datalist.json").read_text() == '{"training": []}'
+
+
 def test_adding_a_style_keeps_the_images_of_another(tmp_path):
     simulate(tmp_path / "one", 1, style=["dthl"], size=48)
     simulate(tmp_path / "two", 1, style=["abfm", "dthl"], size=48)
