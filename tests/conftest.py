@@ -25,6 +25,13 @@ TINY = {
 }
 
 
+def bundle_command(config: str | list[str], **arguments: object) -> list[str]:
+    """``python -m monai.bundle run`` as a list of words."""
+    files = config if isinstance(config, str) else "[" + ",".join(f"'{c}'" for c in config) + "]"
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *words]
+
+
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -49,10 +56,7 @@ def bundle_run() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(
         config: str | list[str], check: bool = True, env: dict[str, str] | None = None, **arguments: object
     ) -> subprocess.CompletedProcess[str]:
-        files = config if isinstance(config, str) else "[" + ",".join(f"'{c}'" for c in config) + "]"
-        line = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files]
-        for name, value in arguments.items():
-            line += [f"--{name}", str(value)]
+        line = bundle_command(config, **arguments)
         done = subprocess.run(
             line, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=500
         )

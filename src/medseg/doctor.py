@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
@@ -72,7 +73,7 @@ def _device(problems: list[str]) -> str:
         problems.append(f"torch cannot be imported: {error}; reinstall with pip install -e .")
         return cpu
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except (ImportError, OSError, RuntimeError) as error:
         problems.append(f"torchvision does not fit torch {torch.__version__} ({error}); install both from one index")
     if not torch.cuda.is_available():

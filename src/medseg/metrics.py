@@ -1,6 +1,6 @@
-"""Overlap and boundary metrics of one case, on boolean masks of any dimension.
+"""Overlap and boundary metrics of one case, on boolean masks of any dimension, and their summary over cases.
 
-Every function takes two masks of one case, a prediction X and a truth Y, as NumPy arrays or tensors of equal shape
+Every metric takes two masks of one case, a prediction X and a truth Y, as NumPy arrays or tensors of equal shape
 (bool, or numbers that are only 0 and 1), and returns a float. Where a metric is undefined the result is ``nan``,
 never a stand-in value, so that a mean has to decide (and report) what it leaves out.
 
@@ -10,7 +10,7 @@ Identity: ``dice + fpsr + fnsr == 1`` for every case with ``|X| + |Y| > 0``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
 
-__all__ = ["dice", "fnsr", "fpsr", "hausdorff_distance"]
+__all__ = ["dice", "fnsr", "fpsr", "hausdorff_distance", "summarise"]
 
 
 def dice(pred: Any, truth: Any) -> float:
@@ -123,6 +123,23 @@ def hausdorff_distance(
     if percentile is None:
         return float(max(to_y.max(), to_x.max()))
     return float(max(np.percentile(to_y, percentile), np.percentile(to_x, percentile)))
+
+
+def summarise(values: Iterable[float]) -> dict[str, float]:
+    """Mean and sample standard deviation over the cases where a metric is defined.
+
+    Args:
+        values: one per case, ``nan`` where undefined.
+
+    Returns:
+        ``mean``, ``sd`` (``nan`` for fewer than one and two defined values) and ``n``, the number of defined values.
+    """
+    defined = np.asarray([v for v in values if np.isfinite(v)])
+    return {
+        "mean": float(defined.mean()) if len(defined) else float("nan"),
+        "sd": float(defined.std(ddof=1)) if len(defined) > 1 else float("nan"),
+        "n": len(defined),
+    }
 
 
 def _masks(pred: Any, truth: Any) -> tuple[Mask, Mask]:

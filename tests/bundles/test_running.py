@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import pytest
 import yaml
 from monai.bundle import ConfigParser
 
-from medseg.bundles.running import merged_config, resolve_macros, running_parser, scalar_settings
+from medseg.bundles.running import merged_config, running_parser, scalar_settings
 
 
 class Witness:
@@ -27,27 +26,6 @@ def test_settings_are_the_resolved_scalars():
     parser.parse()
     parser.get_parsed_content("c")
     assert scalar_settings(parser) == {"a": "3", "b": "4", "c.0": "4", "c.1.d": "None", "e": "$object()"}
-
-
-def test_macros_resolve_as_in_monai(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"list": [{"x": "@free"}, {"y": 2}], "deep": "%r.yaml::list::1"}))
-    config = {"free": 1, "one": "%r.yaml::list", "two": "%one::1", "three": "%r.yaml::deep"}
-    expected = ConfigParser(dict(config))
-    expected.parse()
-    expected.parse()  # MONAI resolves one level at a time
-    resolved = resolve_macros(config, tmp_path)
-    assert resolved == expected.get()
-    assert resolved["two"] == resolved["three"] == {"y": 2}
-
-
-def test_bad_macros(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone.yaml"):
-        resolve_macros({"a": "%gone.yaml::b"}, tmp_path)
-    with pytest.raises(KeyError, match="not there"):
-        resolve_macros({"a": "%b::c", "b": {}}, tmp_path)
-    with pytest.raises(ValueError, match="circle"):
-        resolve_macros({"a": "%b", "b": "%a"}, tmp_path)
 
 
 def test_merged_config_is_plain_yaml(tmp_path):

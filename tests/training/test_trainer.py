@@ -8,18 +8,18 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, REPOSITORY, TINY
+from conftest import CONFIGS, REPOSITORY, TINY, bundle_command
 from mlflow import MlflowClient
 
-from medseg.training.module import Case, summarise
+from medseg.metrics import summarise
+from medseg.training.module import Case
+from medseg.training.results import by_file_name, typical_cases, write_results
 from medseg.training.run_folder import claim_run_folder, run_lock
-from medseg.training.trainer import _named, typical_cases, write_results
 
 
 def train(bundle_run, data, out, **arguments):
@@ -42,6 +42,9 @@ def test_resumed_run_equals_an_uninterrupted_one(bundle_run, tiny_data, tmp_path
     torch.testing.assert_close(last_weights(parts), last_weights(whole), rtol=0, atol=0)
     assert (parts / "metrics.json").read_text() == (whole / "metrics.json").read_text()
     assert len((parts / "train.log").read_text().splitlines()) == 3
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    table = client.load_table(client.get_run(run_id).info.experiment_id, "per_image.json", [run_id])
+    assert len(table) == 2, "the table of the resumed run replaces the first one"
 
 
 def test_the_last_checkpoint_is_the_last_epoch_though_nothing_improves(bundle_run, tiny_data, tmp_path):
@@ -86,11 +89,8 @@ def test_a_folder_belongs_to_one_process(tmp_path):
 def test_interrupted_run_is_resumable_and_marked_as_killed(tiny_data, tmp_path, how):
     out = tmp_path / "run"
     arguments = {**TINY, "dataset_dir": tiny_data, "output_dir": out, "network_name": "unet", "max_epochs": 500}
-    line = [sys.executable, "-m", "monai.bundle", "run", "--config_file", f"{CONFIGS}/train.yaml"]
-    for name, value in arguments.items():
-        line += [f"--{name}", str(value)]
     process = subprocess.Popen(
-        line,
+        bundle_command(f"{CONFIGS}/train.yaml", **arguments),
         cwd=REPOSITORY,
         env=dict(os.environ),
         stdout=subprocess.PIPE,
@@ -154,7 +154,7 @@ def test_nothing_defined_is_nan_and_null(tmp_path):
 
 def test_equal_file_names_do_not_overwrite_each_others_overlays():
     cases = [case("a/x.png", 1.0), case("b/x.png", 0.5), case("b/y.png", 0.5)]
-    assert list(_named(cases)) == ["0000_x", "0001_x", "0002_y"]
+    assert list(by_file_name(cases)) == ["0000_x", "0001_x", "0002_y"]
 
 
 def test_worst_median_best():

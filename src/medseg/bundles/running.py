@@ -11,14 +11,13 @@ import difflib
 import os
 import sys
 import warnings
-from copy import deepcopy
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import yaml
 
-SEPARATOR = "::"
+from medseg.bundles.macros import SEPARATOR, Config, resolve_macros
 
 #: Keys that MONAI itself adds to a config or takes from the command line.
 MONAI_KEYS = {"_meta_", "initialize", "run", "finalize", "tracking", "save_execute_config"}
@@ -26,13 +25,10 @@ MONAI_KEYS = {"_meta_", "initialize", "run", "finalize", "tracking", "save_execu
 #: How the messages begin in which MONAI wraps what went wrong inside a config.
 WRAPPERS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
 
-Config = dict[str, Any]
-
 __all__ = [
     "check_arguments",
     "merged_config",
     "readable_output",
-    "resolve_macros",
     "running_parser",
     "scalar_settings",
 ]
@@ -61,22 +57,6 @@ def merged_config(parser: Any) -> Config:
     config = {k: v for k, v in parser.get().items() if k != "_meta_"}
     plain: Config = _plain(resolve_macros(config, Path.cwd()))
     return plain
-
-
-def resolve_macros(value: Any, root: Path, local: Config | None = None) -> Any:
-    """Replace every macro (``%file::key`` or ``%key``) by a copy of what it names, however deep.
-
-    Args:
-        value: config text.
-        root: folder that macro paths start from (MONAI: the working directory).
-        local: what ``%key`` without a file refers to; ``value`` itself by default.
-
-    Raises:
-        FileNotFoundError: if a macro names a missing file.
-        KeyError: if a macro names a missing key.
-        ValueError: if macros refer to each other in a circle.
-    """
-    return _resolve(value, root, value if local is None else local, ())
 
 
 def readable_output() -> None:
@@ -157,34 +137,6 @@ def scalar_settings(parser: Any) -> dict[str, str]:
 
     visit({k: v for k, v in parser.get().items() if k not in ("_meta_", "imports")}, "")
     return settings
-
-
-def _resolve(value: Any, root: Path, local: Config, seen: tuple[str, ...]) -> Any:
-    if isinstance(value, dict):
-        return {k: _resolve(v, root, local, seen) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_resolve(v, root, local, seen) for v in value]
-    if not (isinstance(value, str) and value.startswith("%")):
-        return value
-    if value in seen:
-        raise ValueError(f"macros go in a circle: {' -> '.join((*seen, value))}")
-    file, _, keys = value[1:].rpartition(".yaml" + SEPARATOR)
-    if file:
-        path = root / f"{file}.yaml"
-        if not path.is_file():
-            raise FileNotFoundError(f"macro {value} names {path}, which does not exist")
-        source = yaml.safe_load(path.read_text(encoding="utf-8"))
-    else:
-        source = local
-    found = source
-    for key in keys.replace("#", SEPARATOR).split(SEPARATOR):
-        if isinstance(found, str) and found.startswith("%"):
-            found = _resolve(found, root, source, (*seen, value))
-        try:
-            found = found[int(key)] if isinstance(found, list) else found[key]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise KeyError(f"macro {value} names a key that is not there: {key}") from error
-    return _resolve(deepcopy(found), root, source, (*seen, value))
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from medseg.io.files import write_atomically
 from medseg.tracking.provenance import provenance_tags
 from medseg.tracking.store import StoreWriter, without_credentials
 from medseg.training.epoch_log import epoch_metrics
-from medseg.training.module import Case, summarise
+from medseg.training.module import Case
 
 RUN_FILE = "mlflow_run.json"
 
@@ -103,29 +103,26 @@ class MLflowRecorder(pl.Callback):
         values["peak_memory_gb"] = _peak_memory_gb()
         self._metrics(values, trainer.current_epoch)
 
-    def on_results(self, folder: Path, cases: list[Case], part: str, overlays: list[Path]) -> None:
+    def on_results(
+        self, folder: Path, part: str, cases: list[Case], summary: Mapping[str, Any], overlays: list[Path]
+    ) -> None:
         """Record final scores, the table per image, overlays and weights.
 
         Args:
             folder: the run's folder with ``per_image.csv`` and ``overlays/`` written.
-            cases: the scored cases.
             part: ``best_val`` after a training, else the part of the data list.
+            cases: the scored cases.
+            summary: what ``metrics.json`` holds, from :func:`medseg.training.results.write_results`.
             overlays: the pictures that were drawn; the first ``MAX_OVERLAYS`` are recorded.
         """
         if self._store is None:
             return
-        values = {
-            f"{part}_cases": float(len(cases)),
-            f"{part}_empty_predictions": float(sum(c.empty_prediction for c in cases)),
-            f"{part}_empty_truths": float(sum(c.empty_truth for c in cases)),
-        }
-        for name in cases[0].metrics:
-            summary = summarise([c.metrics[name] for c in cases])
-            values |= {f"{part}_{name}": summary["mean"], f"{part}_{name}_sd": summary["sd"]}
+        values = {f"{part}_{k}": float(summary[k]) for k in ("cases", "empty_predictions", "empty_truths")}
+        for name, value in summary["metrics"].items():
+            values |= {f"{part}_{name}": value["mean"], f"{part}_{name}_sd": value["sd"]}
         self._metrics(values, 0)
         rows = [c.row() for c in cases]
-        table = {key: [row.get(key) for row in rows] for key in rows[0]}
-        self._store.submit("per-image table", lambda c, run: c.log_table(run, table, "per_image.json"))
+        self._store.submit("per-image table", functools.partial(_log_table, rows=rows))
         files = {"": ["per_image.csv", "metrics.json", "train.log"], "models": ["models/model.pt"]}
         for target, names in files.items():
             for name in names:
@@ -210,6 +207,14 @@ class MLflowRecorder(pl.Callback):
 
 def _log_params(client: Any, run_id: str, params: list[Any]) -> None:
     client.log_batch(run_id, params=params)
+
+
+def _log_table(client: Any, run_id: str, rows: list[dict[str, Any]]) -> None:
+    """A table that MLflow's page shows. Its own ``log_table`` would append to that of an earlier end of the run."""
+    data = [[None if v != v else v for v in row.values()] for row in rows]  # nan is no JSON
+    client.log_dict(run_id, {"columns": list(rows[0]), "data": data}, "per_image.json")
+    tables = [{"path": "per_image.json", "type": "table"}]
+    client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
 
 
 def _peak_memory_gb() -> float:

@@ -14,11 +14,12 @@ from monai.data import decollate_batch
 from torch import distributed, nn
 from torch.nn import functional
 
+from medseg.metrics import summarise
 from medseg.training.transfer import frozen_children
 
 Metric = Callable[[Any, Any], float]
 
-__all__ = ["Case", "SegmentationModule", "summarise"]
+__all__ = ["Case", "SegmentationModule"]
 
 
 @dataclass
@@ -197,23 +198,6 @@ class SegmentationModule(pl.LightningModule):
         for name in self.metrics:
             mean = summarise([c.metrics[name] for c in self.cases])["mean"]
             self.log(f"{stage}_{name}", mean, prog_bar=name == next(iter(self.metrics)), rank_zero_only=False)
-
-
-def summarise(values: list[float]) -> dict[str, float]:
-    """Mean and sample standard deviation over the cases where a metric is defined.
-
-    Args:
-        values: one per case, ``nan`` where undefined.
-
-    Returns:
-        ``mean``, ``sd`` (``nan`` for fewer than one and two defined values) and ``n``, the number of defined values.
-    """
-    defined = np.asarray([v for v in values if np.isfinite(v)])
-    return {
-        "mean": float(defined.mean()) if len(defined) else float("nan"),
-        "sd": float(defined.std(ddof=1)) if len(defined) > 1 else float("nan"),
-        "n": len(defined),
-    }
 
 
 def _tensor(value: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from medseg.bundles.running import Config, resolve_macros
+from medseg.bundles.macros import Config, resolve_macros
 from medseg.io.files import write_atomically
 
 #: What may differ when a run is resumed: how far, where and with what it runs, not what is trained.

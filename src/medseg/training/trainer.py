@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 
 from medseg.bundles.running import merged_config, running_parser
-from medseg.io.files import write_atomically
-from medseg.io.images import read_grey, write_png
-from medseg.io.overlay import overlay
+from medseg.io.images import read_grey
 from medseg.training.checkpoint import load_weights, save_weights
-from medseg.training.module import Case, SegmentationModule, summarise
+from medseg.training.module import SegmentationModule
+from medseg.training.results import ReadImage, by_file_name, table, typical_cases, write_overlays, write_results
 from medseg.training.run_folder import (
     check_resumed_config,
     claim_run_folder,
@@ -32,8 +27,6 @@ from medseg.training.run_folder import (
     write_config,
     write_run_configs,
 )
-
-ReadImage = Callable[[str], Any]
 
 log = logging.getLogger(__name__)
 
@@ -112,13 +105,12 @@ class Trainer(pl.Trainer):
         if self.is_global_zero:
             save_weights(self._module.network, self._folder / "models" / "model.pt")
         self._module.keep_masks = True
-        with _plain_output():
-            self.validate(self._module, self._loaders[1], verbose=False)
+        self.validate(self._module, self._loaders[1], verbose=False)
         if self.is_global_zero:
             cases = self._module.cases
-            write_results(self._folder, cases)
+            summary = write_results(self._folder, cases)
             pictures = write_overlays(self._folder / "overlays", typical_cases(cases), self._read_image)
-            _tell(self, "on_results", self._folder, cases, "best_val", pictures)
+            _tell(self, "on_results", self._folder, "best_val", cases, summary, pictures)
             log.info("best weights: %s", self._folder / "models" / "model.pt")
 
 
@@ -174,72 +166,11 @@ class Evaluator(pl.Trainer):
             if not self.is_global_zero:
                 return {}
             summary = write_results(self._folder, cases)
-            pictures = write_overlays(self._folder / "overlays", _named(cases), self._read_image)
-            _tell(self, "on_results", self._folder, cases, self._part, pictures)
-            log.info("scores of the %s part\n%s", self._part, _table(summary))
+            pictures = write_overlays(self._folder / "overlays", by_file_name(cases), self._read_image)
+            _tell(self, "on_results", self._folder, self._part, cases, summary, pictures)
+            log.info("scores of the %s part\n%s", self._part, table(summary))
             log.info("per image: %s   overlays: %s", self._folder / "per_image.csv", self._folder / "overlays")
         return summary
-
-
-def write_results(folder: Path, cases: list[Case]) -> dict[str, Any]:
-    """Write ``per_image.csv`` and ``metrics.json``.
-
-    Args:
-        folder: where to.
-        cases: at least one.
-
-    Returns:
-        Mean, standard deviation and number of defined values per metric, and the counts of cases, empty predictions
-        and empty truths. Empty cases are counted, never given a stand-in value.
-    """
-    rows = [c.row() for c in cases]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(k for r in rows for k in r)), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / "per_image.csv", text.getvalue().encode())
-    summary: dict[str, Any] = {
-        "cases": len(cases),
-        "empty_predictions": sum(c.empty_prediction for c in cases),
-        "empty_truths": sum(c.empty_truth for c in cases),
-        "metrics": {name: summarise([c.metrics[name] for c in cases]) for name in cases[0].metrics},
-    }
-    write_atomically(folder / "metrics.json", (json.dumps(_no_nan(summary), indent=1) + "\n").encode())
-    return summary
-
-
-def typical_cases(cases: list[Case]) -> dict[str, Case]:
-    """The worst, the median and the best case by the first metric; undefined ones count as worst."""
-    first = next(iter(cases[0].metrics))
-    ranked = sorted(cases, key=lambda c: float(np.nan_to_num(c.metrics[first], nan=-np.inf)))
-    return {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-
-
-def write_overlays(folder: Path, cases: dict[str, Case], read_image: ReadImage) -> list[Path]:
-    """Draw truth (green) and prediction (yellow) on the images of some cases.
-
-    Args:
-        folder: where to.
-        cases: with masks, by file name.
-        read_image: gives the picture (H, W) of a path.
-
-    Returns:
-        The files written.
-    """
-    files = []
-    for name, case in cases.items():
-        pred, truth = case.unpacked()
-        files.append(folder / f"{name}.png")
-        write_png(files[-1], overlay(read_image(case.image), pred, truth))
-    return files
-
-
-def _named(cases: list[Case]) -> dict[str, Case]:
-    """Cases by file name, with their place in the list in front if two images have the same one."""
-    stems = [Path(c.image).stem for c in cases]
-    unique = len(set(stems)) == len(stems)
-    names = stems if unique else [f"{i:04d}_{stem}" for i, stem in enumerate(stems)]
-    return dict(zip(names, cases, strict=True))
 
 
 def _callbacks(handlers: Iterable[Any]) -> list[pl.Callback]:
@@ -259,10 +190,9 @@ def _defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
     # Lightning's notes on devices and tips would bury what a run has to say.
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Said once by claim_run_folder, as an error; and a call inside Lightning that torch wants written otherwise.
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     terminal = sys.stdout.isatty()
     return {
         "logger": False,  # the MLflowRecorder callback records, one batch per epoch
@@ -273,13 +203,6 @@ def _defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
         "deterministic": "warn",  # CUDA has no deterministic bilinear up-sampling; everything else is
         **kwargs,
     }
-
-
-@contextmanager
-def _plain_output() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager
@@ -322,21 +245,3 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _no_nan(value: Any) -> Any:
-    """``nan`` is no JSON: ``null`` says undefined."""
-    if isinstance(value, dict):
-        return {k: _no_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _table(summary: dict[str, Any]) -> str:
-    lines = [f"{'metric':<20} {'mean':>10} {'sd':>10} {'n':>5}"]
-    for name, value in summary["metrics"].items():
-        lines.append(f"{name:<20} {value['mean']:>10.4f} {value['sd']:>10.4f} {value['n']:>5}")
-    lines.append(
-        f"{summary['cases']} cases, {summary['empty_predictions']} with an empty prediction, "
-        f"{summary['empty_truths']} with an empty truth"
-    )
-    return "\n".join(lines)

@@ -6,12 +6,14 @@ import csv
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, TINY
+from conftest import CONFIGS, TINY, bundle_command
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -32,14 +34,9 @@ def _one_store(monkeypatch, store, _isolated):
 @pytest.fixture(scope="module")
 def trained(tiny_data, tmp_path_factory, store):
     """A run of three epochs, shared by the tests below."""
-    import subprocess
-    import sys
-
     out = tmp_path_factory.mktemp("runs") / "run"
-    line = [sys.executable, "-m", "monai.bundle", "run", "--config_file", f"{CONFIGS}/train.yaml"]
     arguments = {**TINY, "dataset_dir": tiny_data, "output_dir": out, "max_epochs": 3, "network_name": "unetpp"}
-    for name, value in arguments.items():
-        line += [f"--{name}", str(value)]
+    line = bundle_command(f"{CONFIGS}/train.yaml", **arguments)
     done = subprocess.run(
         line, capture_output=True, text=True, timeout=300, env={**os.environ, "MLFLOW_TRACKING_URI": store}
     )
@@ -208,9 +205,6 @@ def test_inference_keeps_subfolders_and_draws_truth(trained, bundle_run, tiny_da
 
 def test_inference_without_medseg_and_lightning(trained, mixed_folder, tmp_path):
     """What a collaborator has: stock MONAI and the network's library. The masks are the same; the extras are not."""
-    import subprocess
-    import sys
-
     out, _ = trained
     folder, _ = mixed_folder
     block = (

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 import shutil
 import sys
 from pathlib import Path
-from statistics import fmean
 
 from medseg.demo import Demo
+from medseg.metrics import summarise
 from medseg.tracking.store import tracking_uri
 
 METRICS = ("dice", "hausdorff_distance", "fpsr", "fnsr")
@@ -84,6 +83,4 @@ def _folder_to_segment(folder: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def _means(rows: list[dict[str, str]], suffix: str) -> dict[str, float]:
-    values = {name: [float(r[name]) for r in rows] for name in METRICS}
-    defined = {name: [v for v in of if not math.isnan(v)] for name, of in values.items()}
-    return {f"{name}{suffix}": fmean(of) if of else math.nan for name, of in defined.items()}
+    return {f"{name}{suffix}": summarise(float(r[name]) for r in rows)["mean"] for name in METRICS}

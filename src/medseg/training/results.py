@@ -1,0 +1,102 @@
+"""What a scored part of a data list leaves in a run's folder: tables and overlays."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medseg.io.files import write_atomically
+from medseg.io.images import write_png
+from medseg.io.overlay import overlay
+from medseg.metrics import summarise
+from medseg.training.module import Case
+
+ReadImage = Callable[[str], Any]
+
+__all__ = ["ReadImage", "by_file_name", "table", "typical_cases", "write_overlays", "write_results"]
+
+
+def write_results(folder: Path, cases: list[Case]) -> dict[str, Any]:
+    """Write ``per_image.csv`` and ``metrics.json``.
+
+    Args:
+        folder: where to.
+        cases: at least one.
+
+    Returns:
+        Mean, standard deviation and number of defined values per metric, and the counts of cases, empty predictions
+        and empty truths. Empty cases are counted, never given a stand-in value.
+    """
+    rows = [c.row() for c in cases]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(k for r in rows for k in r)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "per_image.csv", text.getvalue().encode())
+    summary: dict[str, Any] = {
+        "cases": len(cases),
+        "empty_predictions": sum(c.empty_prediction for c in cases),
+        "empty_truths": sum(c.empty_truth for c in cases),
+        "metrics": {name: summarise([c.metrics[name] for c in cases]) for name in cases[0].metrics},
+    }
+    write_atomically(folder / "metrics.json", (json.dumps(_no_nan(summary), indent=1) + "\n").encode())
+    return summary
+
+
+def typical_cases(cases: list[Case]) -> dict[str, Case]:
+    """The worst, the median and the best case by the first metric; undefined ones count as worst."""
+    first = next(iter(cases[0].metrics))
+    ranked = sorted(cases, key=lambda c: float(np.nan_to_num(c.metrics[first], nan=-np.inf)))
+    return {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+
+
+def write_overlays(folder: Path, cases: dict[str, Case], read_image: ReadImage) -> list[Path]:
+    """Draw truth (green) and prediction (yellow) on the images of some cases.
+
+    Args:
+        folder: where to.
+        cases: with masks, by file name.
+        read_image: gives the picture (H, W) of a path.
+
+    Returns:
+        The files written.
+    """
+    files = []
+    for name, case in cases.items():
+        pred, truth = case.unpacked()
+        files.append(folder / f"{name}.png")
+        write_png(files[-1], overlay(read_image(case.image), pred, truth))
+    return files
+
+
+def by_file_name(cases: list[Case]) -> dict[str, Case]:
+    """Cases by file name, with their place in the list in front if two images have the same one."""
+    stems = [Path(c.image).stem for c in cases]
+    unique = len(set(stems)) == len(stems)
+    names = stems if unique else [f"{i:04d}_{stem}" for i, stem in enumerate(stems)]
+    return dict(zip(names, cases, strict=True))
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary of :func:`write_results` for people."""
+    lines = [f"{'metric':<20} {'mean':>10} {'sd':>10} {'n':>5}"]
+    for name, value in summary["metrics"].items():
+        lines.append(f"{name:<20} {value['mean']:>10.4f} {value['sd']:>10.4f} {value['n']:>5}")
+    lines.append(
+        f"{summary['cases']} cases, {summary['empty_predictions']} with an empty prediction, "
+        f"{summary['empty_truths']} with an empty truth"
+    )
+    return "\n".join(lines)
+
+
+def _no_nan(value: Any) -> Any:
+    """``nan`` is no JSON: ``null`` says undefined."""
+    if isinstance(value, dict):
+        return {k: _no_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
