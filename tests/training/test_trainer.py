@@ -43,7 +43,7 @@ def test_resumed_run_equals_an_uninterrupted_one(bundle_run, tiny_data, tmp_path
     assert (parts / "metrics.json").read_text() == (whole / "metrics.json").read_text()
     assert len((parts / "train.log").read_text().splitlines()) == 3
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    table = client.load_table(client.get_run(run_id).info.experiment_id, "per_image.json", [run_id])
+    table = client.load_table(client.get_run(run_id).info.experiment_id, "best_val/per_image.json", [run_id])
     assert len(table) == 2, "the table of the resumed run replaces the first one"
 
 

@@ -1,16 +1,19 @@
 """The MONAI decathlon-style ``datalist.json``: read, check, split, fingerprint, write.
 
     {"training": [{"image": "images/a.png", "label": "masks/a.png", "fold": 0, ...}, ...],
-     "test":     [{"image": "images/b.png", "label": "masks/b.png", ...}, ...]}
+     "test":     [{"image": "images/b.png", "label": "masks/b.png", ...}, ...],
+     "held_out": [...]}
 
 Paths are relative to ``dataset_dir`` (or absolute). Items may carry any further field (``video``, ``style``,
-``patient``, ...); items of one video or patient must share a fold.
+``patient``, ...); items of one video or patient must share a fold. ``held_out`` is optional: a second test part, e.g.
+another organ or another hospital.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +30,18 @@ Item = dict[str, Any]
 #: Fields that tie items together: all items of one such group must be on the same side of a split.
 GROUP_FIELDS = ("patient", "video")
 
-__all__ = ["DatalistError", "check_binary_masks", "fingerprint", "load_datalist", "split", "write_datalist"]
+#: The lists of a data list; only the first is trained on.
+SECTIONS = ("training", "test", "held_out")
+
+__all__ = [
+    "DatalistError",
+    "check_binary_masks",
+    "fingerprint",
+    "load_datalist",
+    "scored_items",
+    "split",
+    "write_datalist",
+]
 
 
 class DatalistError(ValueError):
@@ -45,17 +59,22 @@ def load_datalist(
     path: str | Path,
     dataset_dir: str | Path,
     check_item: Callable[[Item], str | None] | None = None,
+    with_folds: bool = True,
 ) -> dict[str, list[Item]]:
-    """Read and check a data list; every file it names exists afterwards.
+    """Read and check a data list; every file it names exists afterwards, and nothing leaks between its sides.
+
+    One side is a fold, ``test`` or ``held_out``. A leak is a patient, a video, a file or a file's content on two.
 
     Args:
         path: the ``datalist.json``.
         dataset_dir: folder that relative paths start from.
         check_item: looks at one item with absolute paths and returns what is wrong with it, or ``None``; for example
             :func:`check_binary_masks`.
+        with_folds: every training item must have its ``fold``. ``False`` if the folds are still to be dealt: then no
+            content may be there twice at all, because two names of one picture could fall into two folds.
 
     Returns:
-        ``{"training": [...], "test": [...]}`` with absolute paths and an integer ``fold`` in every training item.
+        ``training``, ``test`` and ``held_out``, each a list of items with absolute paths.
 
     Raises:
         FileNotFoundError: if the list itself is missing.
@@ -72,16 +91,18 @@ def load_datalist(
         raise DatalistError(path, ['no "training" and no "test" list with items in it'])
     problems: list[str] = []
     lists: dict[str, list[Item]] = {}
-    for section in ("training", "test"):
+    for section in SECTIONS:
         items = content.get(section) or []
         if not isinstance(items, list):
             problems.append(f"{section} is a {type(items).__name__}, not a list of items")
             continue
         lists[section] = [
-            item for i, raw in enumerate(items) if (item := _item(raw, f"{section}[{i}]", section, root, problems))
+            item
+            for i, raw in enumerate(items)
+            if (item := _item(raw, f"{section}[{i}]", with_folds and section == "training", root, problems))
         ]
     if not problems:
-        problems += _group_problems(lists)
+        problems += _group_problems(lists, with_folds) + _content_problems(lists, with_folds)
     if not problems and check_item:
         problems += _check_items(lists, check_item)
     if problems:
@@ -95,7 +116,7 @@ def split(datalist: Mapping[str, list[Item]], part: str, fold: int = 0) -> list[
 
     Args:
         datalist: from :func:`load_datalist`.
-        part: ``train``, ``validation`` or ``test``.
+        part: ``train``, ``validation``, ``test`` or ``held_out``.
         fold: the fold that validates.
 
     Returns:
@@ -108,17 +129,33 @@ def split(datalist: Mapping[str, list[Item]], part: str, fold: int = 0) -> list[
         "train": lambda: [i for i in datalist["training"] if i["fold"] != fold],
         "validation": lambda: [i for i in datalist["training"] if i["fold"] == fold],
         "test": lambda: list(datalist["test"]),
+        "held_out": lambda: list(datalist.get("held_out", [])),
     }
     if part not in choose:
-        raise ValueError(f"unknown part {part!r}; choose train, validation or test")
+        raise ValueError(f"unknown part {part!r}; choose train, validation, test or held_out")
     items = choose[part]()
     if not items:
         folds = sorted({i["fold"] for i in datalist["training"]})
         raise ValueError(
             f"the data list has nothing for {part} with fold {fold}: {len(datalist['training'])} training items in "
-            f"folds {folds}, {len(datalist['test'])} test items"
+            f"folds {folds}, {len(datalist['test'])} test items, {len(datalist.get('held_out', []))} held out"
         )
     return items
+
+
+def scored_items(datalist: Mapping[str, list[Item]], parts: str | Sequence[str], fold: int = 0) -> list[Item]:
+    """The items of one or several parts, each with the name of its part in the field ``part``.
+
+    Args:
+        datalist: from :func:`load_datalist`.
+        parts: names as in :func:`split`; none gives no items.
+        fold: as in :func:`split`.
+
+    Raises:
+        ValueError: as in :func:`split`.
+    """
+    names = [parts] if isinstance(parts, str) else list(parts)
+    return [{**item, "part": name} for name in names for item in split(datalist, name, fold)]
 
 
 def check_binary_masks(item: Item) -> str | None:
@@ -187,7 +224,7 @@ def write_datalist(path: Path, training: list[Item], test: list[Item], **header:
     return path
 
 
-def _item(raw: Any, where: str, section: str, root: Path, problems: list[str]) -> Item | None:
+def _item(raw: Any, where: str, needs_fold: bool, root: Path, problems: list[str]) -> Item | None:
     if not isinstance(raw, dict):
         problems.append(f"{where} is a {type(raw).__name__}, not an object with image and label")
         return None
@@ -201,18 +238,22 @@ def _item(raw: Any, where: str, section: str, root: Path, problems: list[str]) -
         item[key] = str((root / value).resolve())
         if not Path(item[key]).is_file():
             problems.append(f"{where}: {key} {item[key]} does not exist (paths start from {root.resolve()})")
-    if section == "training" and (not isinstance(raw.get("fold"), int) or isinstance(raw.get("fold"), bool)):
+    if needs_fold and (not isinstance(raw.get("fold"), int) or isinstance(raw.get("fold"), bool)):
         problems.append(f'{where} ({raw.get("image")}) has no integer "fold"; number the folds from 0')
     return item if len(problems) == before else None
 
 
-def _group_problems(lists: Mapping[str, list[Item]]) -> list[str]:
+def _side(section: str, item: Item, with_folds: bool) -> str:
+    return f"fold {item['fold']}" if section == "training" and with_folds else section
+
+
+def _group_problems(lists: Mapping[str, list[Item]], with_folds: bool) -> list[str]:
     """Leaks between the sides of a split: one file, or one patient or video, in two folds or in fold and test."""
     seen: dict[tuple[str, str], str] = {}
     problems: dict[tuple[str, str], str] = {}
     for section, items in lists.items():
         for item in items:
-            side = "test" if section == "test" else f"fold {item['fold']}"
+            side = _side(section, item, with_folds)
             for field in ("image", *GROUP_FIELDS):
                 if item.get(field) is None:
                     continue
@@ -221,6 +262,37 @@ def _group_problems(lists: Mapping[str, list[Item]]) -> list[str]:
                 if other != side:
                     problems[key] = f"{field} {item[field]} is in {other} and in {side}; keep it on one side"
     return list(problems.values())
+
+
+def _content_problems(lists: Mapping[str, list[Item]], with_folds: bool) -> list[str]:
+    """Files of equal bytes under two names on two sides. Equal bytes have equal length, so few are read."""
+    by_size: dict[int, dict[str, str]] = defaultdict(dict)
+    for section, items in lists.items():
+        for item in items:
+            by_size[Path(item["image"]).stat().st_size][item["image"]] = _side(section, item, with_folds)
+    twins = [(path, side) for files in by_size.values() if len(files) > 1 for path, side in files.items()]
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        hashes = pool.map(lambda twin: _sha256(Path(twin[0])), twins)
+        by_content: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for twin, content in zip(twins, hashes, strict=True):
+            by_content[content].append(twin)
+    problems = []
+    for files in by_content.values():
+        (first, side), *others = files
+        for path, other in others:
+            if other != side:
+                problems.append(f"image {path} in {other} is the same picture as {first} in {side}; keep one")
+            elif not with_folds:
+                problems.append(f"image {path} is the same picture as {first}; it would count twice: keep one")
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _level_fields(lists: Mapping[str, list[Item]]) -> None:

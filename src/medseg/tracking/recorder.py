@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from medseg.bundles.running import running_parser, scalar_settings
-from medseg.io.datalist import fingerprint
+from medseg.io.datalist import GROUP_FIELDS, fingerprint
 from medseg.io.files import write_atomically
 from medseg.tracking.provenance import provenance_tags
 from medseg.tracking.store import StoreWriter, without_credentials
@@ -27,8 +27,11 @@ RUN_FILE = "mlflow_run.json"
 #: Limits of MLflow's ``log_batch``.
 MAX_PARAMS, MAX_VALUE = 100, 6000
 
-#: Pictures that one run puts into the store; its folder has all of them.
+#: Pictures that one part puts into the store; the run's folder has all of them.
 MAX_OVERLAYS = 30
+
+#: A field of the data list with at most so many different values (tumour type, scanner) becomes a tag of the run.
+MAX_KINDS = 8
 
 __all__ = ["MLflowRecorder"]
 
@@ -63,8 +66,17 @@ class MLflowRecorder(pl.Callback):
         self.tags = {k: str(v) for k, v in (tags or {}).items()}
         self._parser = running_parser()
         self._store: StoreWriter | None = None
-        self._epoch_started = self._train_ended = 0.0
+        self._epoch_started = self._train_ended = self._train_seconds = 0.0
         self._images = 0
+        self._tables: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds trained so far, so that a resumed run reports all of them."""
+        return {"train_seconds": self._train_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` kept."""
+        self._train_seconds = float(state_dict["train_seconds"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Open the run of a training."""
@@ -94,11 +106,13 @@ class MLflowRecorder(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Send the epoch's metrics, all in one batch."""
+        seconds = time.perf_counter() - self._epoch_started
+        self._train_seconds += seconds
         if self._store is None:
             return
         values = {k: float(v) for k, v in epoch_metrics(trainer).items()}
         values["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
-        values["epoch_seconds"] = time.perf_counter() - self._epoch_started
+        values |= {"epoch_seconds": seconds, "train_seconds": self._train_seconds}
         values["images_per_second"] = self._images / max(self._train_ended - self._epoch_started, 1e-9)
         values["peak_memory_gb"] = _peak_memory_gb()
         self._metrics(values, trainer.current_epoch)
@@ -109,27 +123,34 @@ class MLflowRecorder(pl.Callback):
         """Record final scores, the table per image, overlays and weights.
 
         Args:
-            folder: the run's folder with ``per_image.csv`` and ``overlays/`` written.
-            part: ``best_val`` after a training, else the part of the data list.
+            folder: where ``per_image.csv`` and ``overlays/`` were written.
+            part: ``best_val`` after a training, else the part of the data list; the artifacts' folder.
             cases: the scored cases.
             summary: what ``metrics.json`` holds, from :func:`medseg.training.results.write_results`.
-            overlays: the pictures that were drawn; the first ``MAX_OVERLAYS`` are recorded.
+            overlays: the pictures that were drawn, worst case first; the first ``MAX_OVERLAYS`` are recorded.
         """
         if self._store is None:
             return
         values = {f"{part}_{k}": float(summary[k]) for k in ("cases", "empty_predictions", "empty_truths")}
         for name, value in summary["metrics"].items():
             values |= {f"{part}_{name}": value["mean"], f"{part}_{name}_sd": value["sd"]}
+        if "calibration" in summary:
+            values[f"{part}_ece"] = summary["calibration"]["ece"]
         self._metrics(values, 0)
         rows = [c.row() for c in cases]
-        self._store.submit("per-image table", functools.partial(_log_table, rows=rows))
-        files = {"": ["per_image.csv", "metrics.json", "train.log"], "models": ["models/model.pt"]}
+        self._tables = list(dict.fromkeys([*self._tables, f"{part}/per_image.json"]))
+        self._store.submit("per-image table", functools.partial(_log_table, rows=rows, tables=list(self._tables)))
+        files = {
+            part: ["per_image.csv", "metrics.json", "reliability.png"],
+            "": ["train.log"],
+            "models": ["models/model.pt"],
+        }
         for target, names in files.items():
             for name in names:
                 if (folder / name).is_file():
                     self._file(folder / name, target)
         for picture in overlays[:MAX_OVERLAYS]:
-            self._file(picture, "overlays")
+            self._file(picture, f"{part}/overlays")
 
     def on_run_end(self, status: str) -> None:
         """Close the run.
@@ -156,7 +177,7 @@ class MLflowRecorder(pl.Callback):
             content = {"run_id": run_id, "tracking_uri": uri, "experiment": self.experiment}
             write_atomically(file, (json.dumps(content) + "\n").encode())
 
-        tags = {"kind": kind, **self.tags, **provenance_tags()}
+        tags = {"kind": kind, **self.tags, "mlflow.note.content": self._note(kind), **provenance_tags()}
         self._store = StoreWriter(self.uri, self.experiment, run_id, self.run_name, tags, remember)
         if run_id is None:
             self._settings(module)
@@ -164,6 +185,20 @@ class MLflowRecorder(pl.Callback):
             self._file(config, "configs")
         if self.datalist:
             self._store.submit("the data's fingerprint", self._data)
+
+    def _note(self, kind: str) -> str:
+        """What MLflow's page shows above the run: what it is, where it lies, what to do with it."""
+        folder = self.folder.resolve()
+        what = ", ".join(f"{k} `{v}`" for k, v in self.tags.items() if k in ("network", "mode", "fold", "ckpt_path"))
+        lines = [f"**{kind}** of `{self.tags.get('task', self.experiment)}`: {what}", "", f"Folder: `{folder}`", ""]
+        if kind == "train":
+            run = f"python -m monai.bundle run --config_file {folder}/configs"
+            lines += [
+                f"Continue: `{run}/train.yaml --resume True`  ",
+                f"Evaluate: `{run}/evaluate.yaml`  ",
+                f"Segment: `{run}/inference.yaml --dataset_dir FOLDER`",
+            ]
+        return "\n".join(lines)
 
     def _settings(self, module: Any) -> None:
         from mlflow.entities import Param
@@ -186,7 +221,7 @@ class MLflowRecorder(pl.Callback):
         items = [item for part in datalist.values() for item in part]
         data = fingerprint(items)
         sizes = {f"{part}_items": len(of) for part, of in datalist.items()}
-        tags = {"datalist.sha256": data["sha256"], "datalist.bytes": data["bytes"], **sizes}
+        tags = {"datalist.sha256": data["sha256"], "datalist.bytes": data["bytes"], **sizes, **_kinds(items)}
         client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
         source = json.dumps({"first_image": items[0]["image"]})
         entity = Dataset("datalist", data["sha256"][:32], "local", source, profile=json.dumps({**data, **sizes}))
@@ -209,12 +244,20 @@ def _log_params(client: Any, run_id: str, params: list[Any]) -> None:
     client.log_batch(run_id, params=params)
 
 
-def _log_table(client: Any, run_id: str, rows: list[dict[str, Any]]) -> None:
+def _kinds(items: list[dict[str, Any]]) -> dict[str, str]:
+    """The kinds of cases there are, e.g. ``data.style: abfm, dthp``, to group runs by on MLflow's page."""
+    ignored = {"image", "label", "fold", "part", *GROUP_FIELDS}
+    fields = dict.fromkeys(k for item in items for k in item if k not in ignored)
+    values = {field: sorted({str(item.get(field, "")) for item in items} - {""}) for field in fields}
+    return {f"data.{field}": ", ".join(kinds) for field, kinds in values.items() if 1 <= len(kinds) <= MAX_KINDS}
+
+
+def _log_table(client: Any, run_id: str, rows: list[dict[str, Any]], tables: list[str]) -> None:
     """A table that MLflow's page shows. Its own ``log_table`` would append to that of an earlier end of the run."""
     data = [[None if v != v else v for v in row.values()] for row in rows]  # nan is no JSON
-    client.log_dict(run_id, {"columns": list(rows[0]), "data": data}, "per_image.json")
-    tables = [{"path": "per_image.json", "type": "table"}]
-    client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
+    client.log_dict(run_id, {"columns": list(rows[0]), "data": data}, tables[-1])
+    shown = [{"path": path, "type": "table"} for path in tables]
+    client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(shown))
 
 
 def _peak_memory_gb() -> float:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from monai.data import DataLoader
 from torch import distributed
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 Draw = tuple[int, int, int]  # (epoch, position in the epoch, item)
 
@@ -52,11 +53,15 @@ class SeededDataLoader(DataLoader):
         )
 
 
-class _EpochSampler(Sampler[Draw]):
-    """A permutation per epoch; Lightning calls ``set_epoch`` before each."""
+class _EpochSampler(DistributedSampler[Draw]):
+    """A permutation per epoch; Lightning calls ``set_epoch`` before each.
+
+    Being a ``DistributedSampler`` it is left in place under DDP, where Lightning replaces any other kind.
+    """
 
     def __init__(self, items: int, batch_size: int, seed: int) -> None:
-        self.items, self.batch_size, self.seed, self.epoch = items, batch_size, seed, 0
+        super().__init__(range(items), num_replicas=1, rank=0, seed=seed)  # type: ignore[arg-type]
+        self.items, self.batch_size = items, batch_size
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -14,6 +14,7 @@ from monai.data import decollate_batch
 from torch import distributed, nn
 from torch.nn import functional
 
+from medseg.calibration import reliability_bins
 from medseg.metrics import summarise
 from medseg.training.transfer import frozen_children
 
@@ -33,6 +34,9 @@ class Case:
         empty_truth: whether there was nothing to segment.
         fields: the item's other fields, e.g. ``style`` or ``patient``.
         masks: prediction and truth, if they were asked for, as packed bits with their shape.
+        part: the part of the data list that the case was scored for.
+        reliability: (3, bins) of its pixels from :func:`medseg.calibration.reliability_bins`, if there is a probability.
+        overlay: file name of its overlay, if one is drawn.
     """
 
     image: str
@@ -41,6 +45,9 @@ class Case:
     empty_truth: bool
     fields: dict[str, Any] = field(default_factory=dict)
     masks: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], tuple[int, ...]] | None = None
+    part: str = ""
+    reliability: npt.NDArray[np.float64] | None = None
+    overlay: str = ""
 
     def row(self) -> dict[str, Any]:
         """The case as one row of a table."""
@@ -50,6 +57,7 @@ class Case:
             **self.metrics,
             "empty_prediction": self.empty_prediction,
             "empty_truth": self.empty_truth,
+            **({"overlay": self.overlay} if self.overlay else {}),
         }
 
     def unpacked(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
@@ -78,6 +86,8 @@ class SegmentationModule(pl.LightningModule):
         metrics: functions of two boolean masks of one case, by name.
         lr_scheduler: a scheduler, or Lightning's dictionary with ``scheduler`` and ``interval``.
         channels_last: memory format of 2D networks; convolutions are faster with it, attention is not.
+        probability_key: where ``postprocessing`` leaves the probability that the mask was cut from, for the
+            calibration; ``None`` if the output is none.
     """
 
     def __init__(
@@ -91,6 +101,7 @@ class SegmentationModule(pl.LightningModule):
         metrics: Mapping[str, Metric],
         lr_scheduler: Any = None,
         channels_last: bool = False,
+        probability_key: str | None = "probability",
     ) -> None:
         super().__init__()
         self.network, self.loss = network, loss
@@ -100,6 +111,7 @@ class SegmentationModule(pl.LightningModule):
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
+        self.probability_key = probability_key
         self.keep_masks = False
         self.cases: list[Case] = []
 
@@ -178,7 +190,7 @@ class SegmentationModule(pl.LightningModule):
 
     def _case(self, item: Mapping[str, Any]) -> Case:
         pred, truth = (_tensor(item[k])[0].cpu().numpy() > 0.5 for k in ("pred", "label"))
-        known = ("image", "label", "pred", "probability", "fold")
+        known = ("image", "label", "pred", self.probability_key, "fold", "part")
         masks = (np.packbits(pred), np.packbits(truth), pred.shape) if self.keep_masks else None
         return Case(
             image=str(item["image"].meta["filename_or_obj"]),
@@ -187,14 +199,21 @@ class SegmentationModule(pl.LightningModule):
             empty_truth=not truth.any(),
             fields={k: v for k, v in item.items() if k not in known and isinstance(v, (str, int, float))},
             masks=masks,
+            part=str(item.get("part", "")),
+            reliability=self._reliability(item, truth),
         )
+
+    def _reliability(self, item: Mapping[str, Any], truth: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64] | None:
+        if not self.keep_masks or self.probability_key is None or self.probability_key not in item:
+            return None  # an epoch's validation has no use for it
+        return reliability_bins(_tensor(item[self.probability_key])[0].cpu().numpy(), truth)
 
     def _log_means(self, stage: str) -> None:
         if distributed.is_available() and distributed.is_initialized():
             gathered: list[Any] = [None] * distributed.get_world_size()
             distributed.all_gather_object(gathered, self.cases)
             # A distributed sampler repeats cases to fill the last round: every case counts once.
-            self.cases = list({c.image: c for cases in gathered for c in cases}.values())
+            self.cases = list({(c.part, c.image): c for cases in gathered for c in cases}.values())
         for name in self.metrics:
             mean = summarise([c.metrics[name] for c in self.cases])["mean"]
             self.log(f"{stage}_{name}", mean, prog_bar=name == next(iter(self.metrics)), rank_zero_only=False)

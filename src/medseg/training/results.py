@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from medseg.calibration import reliability_figure, reliability_table
 from medseg.io.files import write_atomically
 from medseg.io.images import write_png
 from medseg.io.overlay import overlay
@@ -19,11 +20,20 @@ from medseg.training.module import Case
 
 ReadImage = Callable[[str], Any]
 
-__all__ = ["ReadImage", "by_file_name", "table", "typical_cases", "write_overlays", "write_results"]
+__all__ = [
+    "ReadImage",
+    "by_file_name",
+    "by_part",
+    "table",
+    "typical_cases",
+    "worst_first",
+    "write_overlays",
+    "write_results",
+]
 
 
 def write_results(folder: Path, cases: list[Case]) -> dict[str, Any]:
-    """Write ``per_image.csv`` and ``metrics.json``.
+    """Write ``per_image.csv``, ``metrics.json`` and, where there are probabilities, ``reliability.png``.
 
     Args:
         folder: where to.
@@ -31,7 +41,8 @@ def write_results(folder: Path, cases: list[Case]) -> dict[str, Any]:
 
     Returns:
         Mean, standard deviation and number of defined values per metric, and the counts of cases, empty predictions
-        and empty truths. Empty cases are counted, never given a stand-in value.
+        and empty truths, and the ``calibration`` over all pixels if there are probabilities. Empty cases are counted,
+        never given a stand-in value.
     """
     rows = [c.row() for c in cases]
     text = io.StringIO()
@@ -45,14 +56,31 @@ def write_results(folder: Path, cases: list[Case]) -> dict[str, Any]:
         "empty_truths": sum(c.empty_truth for c in cases),
         "metrics": {name: summarise([c.metrics[name] for c in cases]) for name in cases[0].metrics},
     }
+    reliabilities = [c.reliability for c in cases if c.reliability is not None]
+    if reliabilities:
+        bins = np.sum(reliabilities, axis=0)
+        summary["calibration"] = reliability_table(bins)
+        picture = io.BytesIO()
+        reliability_figure({folder.name: bins}).savefig(picture, dpi=120)
+        write_atomically(folder / "reliability.png", picture.getvalue())
     write_atomically(folder / "metrics.json", (json.dumps(_no_nan(summary), indent=1) + "\n").encode())
     return summary
 
 
-def typical_cases(cases: list[Case]) -> dict[str, Case]:
-    """The worst, the median and the best case by the first metric; undefined ones count as worst."""
+def by_part(cases: list[Case]) -> dict[str, list[Case]]:
+    """Cases by the part of the data list that they were scored for."""
+    return {part: [c for c in cases if c.part == part] for part in dict.fromkeys(c.part for c in cases)}
+
+
+def worst_first(cases: list[Case]) -> list[Case]:
+    """Cases in the order of the first metric; undefined ones count as worst."""
     first = next(iter(cases[0].metrics))
-    ranked = sorted(cases, key=lambda c: float(np.nan_to_num(c.metrics[first], nan=-np.inf)))
+    return sorted(cases, key=lambda c: float(np.nan_to_num(c.metrics[first], nan=-np.inf)))
+
+
+def typical_cases(cases: list[Case]) -> dict[str, Case]:
+    """The worst, the median and the best case by the first metric."""
+    ranked = worst_first(cases)
     return {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
 
 
@@ -92,6 +120,10 @@ def table(summary: dict[str, Any]) -> str:
         f"{summary['cases']} cases, {summary['empty_predictions']} with an empty prediction, "
         f"{summary['empty_truths']} with an empty truth"
     )
+    if "calibration" in summary:
+        lines.append(
+            f"expected calibration error of the probability, over all pixels: {summary['calibration']['ece']:.4f}"
+        )
     return "\n".join(lines)
 
 

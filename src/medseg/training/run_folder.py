@@ -4,10 +4,13 @@
 - ``RUN/models/model.pt``: best weights, a plain state_dict
 - ``RUN/checkpoints/{best,last}.ckpt``: to resume from
 - ``RUN/train.log``, ``per_image.csv``, ``metrics.json``, ``overlays/``
+- ``RUN/evaluation/PART/``: the same tables and overlays of other parts of the data list
+- ``RUN/status.json``: whether it finished
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,16 +29,29 @@ MAY_CHANGE = {
     "datalist",
     "dataset_dir",
     "device",
+    "devices",
     "max_epochs",
+    "num_nodes",
     "num_workers",
     "output_dir",
     "precision",
     "resume",
     "run_name",
+    "score",
+    "strategy",
+    "tags",
     "tracking_uri",
 }
 
-__all__ = ["check_resumed_config", "claim_run_folder", "run_lock", "write_config", "write_run_configs"]
+__all__ = [
+    "check_resumed_config",
+    "claim_run_folder",
+    "read_status",
+    "run_lock",
+    "write_config",
+    "write_run_configs",
+    "write_status",
+]
 
 
 def claim_run_folder(folder: Path, resume: bool) -> Path | None:
@@ -89,8 +105,7 @@ def write_run_configs(folder: Path, config: Config, bundle_root: Path) -> list[P
         merged = dict(config)
         for key, value in _read(source / "evaluate.yaml").items():
             _set(merged, key, value)
-        evaluation = f"$os.path.join({str(folder / 'evaluation')!r}, @part)"
-        merged |= {"bundle_root": str(folder), "output_dir": evaluation}
+        merged |= {"bundle_root": str(folder), "output_dir": str(folder / "evaluation")}
         configs["evaluate"] = resolve_macros(merged, Path.cwd())
     if (source / "inference.yaml").is_file():
         raw = _read(source / "inference.yaml")
@@ -143,6 +158,17 @@ def check_resumed_config(folder: Path, config: Config) -> None:
         )
     if before.get("max_epochs") != config.get("max_epochs"):
         write_config(file, {**before, "max_epochs": config.get("max_epochs")})
+
+
+def write_status(folder: Path, status: str) -> None:
+    """Say in ``status.json`` how a run stands: ``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED`` (as in MLflow)."""
+    write_atomically(folder / "status.json", (json.dumps({"status": status}) + "\n").encode())
+
+
+def read_status(folder: Path) -> str | None:
+    """What :func:`write_status` left, or ``None`` if the run never started."""
+    file = folder / "status.json"
+    return str(json.loads(file.read_text(encoding="utf-8"))["status"]) if file.is_file() else None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,23 @@ from medseg.bundles.running import merged_config, running_parser
 from medseg.io.images import read_grey
 from medseg.training.checkpoint import load_weights, save_weights
 from medseg.training.module import SegmentationModule
-from medseg.training.results import ReadImage, by_file_name, table, typical_cases, write_overlays, write_results
+from medseg.training.results import (
+    ReadImage,
+    by_file_name,
+    by_part,
+    table,
+    typical_cases,
+    worst_first,
+    write_overlays,
+    write_results,
+)
 from medseg.training.run_folder import (
     check_resumed_config,
     claim_run_folder,
     run_lock,
     write_config,
     write_run_configs,
+    write_status,
 )
 
 log = logging.getLogger(__name__)
@@ -40,6 +50,8 @@ class Trainer(pl.Trainer):
         module: what to train.
         train_dataloader: training batches.
         val_dataloader: validation cases; they choose the checkpoint.
+        test_dataloader: cases to score with the best weights when the training has ended, each with its ``part``
+            (see :func:`medseg.io.datalist.scored_items`); empty or ``None`` for none.
         output_dir: the run's folder (see :mod:`medseg.training.run_folder`).
         bundle_root: the bundle's folder.
         resume: continue the run in ``output_dir`` from its last checkpoint.
@@ -61,13 +73,14 @@ class Trainer(pl.Trainer):
         val_dataloader: Any,
         output_dir: str,
         bundle_root: str,
+        test_dataloader: Any = None,
         resume: bool = False,
         handlers: Iterable[Any] = (),
         read_image: ReadImage = read_grey,
         **kwargs: Any,
     ) -> None:
         super().__init__(callbacks=_callbacks(handlers), **_defaults(kwargs))
-        self._module, self._loaders = module, (train_dataloader, val_dataloader)
+        self._module, self._loaders, self._tested = module, (train_dataloader, val_dataloader), test_dataloader
         if not isinstance(resume, bool):  # on a command line `false` is a word, and words are true
             raise ValueError(f"--resume is {resume!r}; pass True or False")
         self._folder, self._bundle_root, self.resumed = Path(output_dir), Path(bundle_root), resume
@@ -85,14 +98,15 @@ class Trainer(pl.Trainer):
             self._train_and_score()
 
     def _train_and_score(self) -> None:
-        last = claim_run_folder(self._folder, self.resumed)
+        # Under DDP only the first process touches the folder; Lightning tells the others where the checkpoints are.
+        last = claim_run_folder(self._folder, self.resumed) if self.is_global_zero or self.resumed else None
         if self._parser is not None and self.is_global_zero:
             config = merged_config(self._parser)
             if self.resumed:
                 check_resumed_config(self._folder, config)
             else:
                 write_run_configs(self._folder, config, self._bundle_root)
-        with _ended_by_signals(), _recorded(self):
+        with _ended_by_signals(), _recorded(self, self._folder):
             self.fit(self._module, *self._loaders, ckpt_path=last, weights_only=True)
             self._finish()
 
@@ -112,16 +126,17 @@ class Trainer(pl.Trainer):
             pictures = write_overlays(self._folder / "overlays", typical_cases(cases), self._read_image)
             _tell(self, "on_results", self._folder, "best_val", cases, summary, pictures)
             log.info("best weights: %s", self._folder / "models" / "model.pt")
+        if self._tested is not None and len(self._tested):
+            _score_parts(self, self._module, self._tested, self._folder / "evaluation", self._read_image)
 
 
 class Evaluator(pl.Trainer):
-    """Scores a network on one part of a data list.
+    """Scores a network on parts of a data list.
 
     Args:
         module: with the network to score.
-        dataloader: its cases.
-        output_dir: where ``per_image.csv``, ``metrics.json`` and ``overlays/`` go.
-        part: name of the part, for the record.
+        dataloader: its cases, each with its ``part`` (see :func:`medseg.io.datalist.scored_items`).
+        output_dir: where ``PART/per_image.csv``, ``PART/metrics.json`` and ``PART/overlays/`` go.
         ckpt_path: where the weights came from, for the record.
         handlers: as in :class:`Trainer`.
         read_image: as in :class:`Trainer`.
@@ -134,7 +149,6 @@ class Evaluator(pl.Trainer):
         module: SegmentationModule,
         dataloader: Any,
         output_dir: str,
-        part: str = "test",
         ckpt_path: str | None = None,
         handlers: Iterable[Any] = (),
         read_image: ReadImage = read_grey,
@@ -142,7 +156,7 @@ class Evaluator(pl.Trainer):
     ) -> None:
         super().__init__(callbacks=_callbacks(handlers), **_defaults(kwargs))
         self._module, self._loader = module, dataloader
-        self._folder, self._part, self._read_image = Path(output_dir), part, read_image
+        self._folder, self._read_image = Path(output_dir), read_image
         self._parser = running_parser()
         self.ckpt_path_for_record = ckpt_path
 
@@ -155,22 +169,34 @@ class Evaluator(pl.Trainer):
         """Score every case and write tables and overlays.
 
         Returns:
-            What ``metrics.json`` holds.
+            What ``metrics.json`` holds, by part.
         """
-        self._module.keep_masks = True
         if self._parser is not None and self.is_global_zero:
             write_config(self._folder / "configs" / "evaluate.yaml", merged_config(self._parser))
-        with _ended_by_signals(), _recorded(self):
-            self.test(self._module, self._loader, verbose=False)
-            cases = self._module.cases
-            if not self.is_global_zero:
-                return {}
-            summary = write_results(self._folder, cases)
-            pictures = write_overlays(self._folder / "overlays", by_file_name(cases), self._read_image)
-            _tell(self, "on_results", self._folder, self._part, cases, summary, pictures)
-            log.info("scores of the %s part\n%s", self._part, table(summary))
-            log.info("per image: %s   overlays: %s", self._folder / "per_image.csv", self._folder / "overlays")
-        return summary
+        with _ended_by_signals(), _recorded(self, self._folder):
+            return _score_parts(self, self._module, self._loader, self._folder, self._read_image)
+
+
+def _score_parts(
+    trainer: pl.Trainer, module: SegmentationModule, loader: Any, folder: Path, read_image: ReadImage
+) -> dict[str, Any]:
+    """Score the cases of a loader and write each part's tables and overlays to ``folder / part``."""
+    module.keep_masks = True
+    trainer.test(module, loader, verbose=False)
+    summaries: dict[str, Any] = {}
+    if not trainer.is_global_zero:
+        return summaries
+    for part, cases in by_part(module.cases).items():
+        named = by_file_name(worst_first(cases))  # MLflow gets the first ones: those worth looking at
+        for name, case in named.items():
+            case.overlay = f"{name}.png"
+        where = folder / part
+        summaries[part] = write_results(where, cases)
+        pictures = write_overlays(where / "overlays", named, read_image)
+        _tell(trainer, "on_results", where, part, cases, summaries[part], pictures)
+        log.info("scores of the %s part\n%s", part, table(summaries[part]))
+        log.info("per image: %s   overlays: %s", where / "per_image.csv", where / "overlays")
+    return summaries
 
 
 def _callbacks(handlers: Iterable[Any]) -> list[pl.Callback]:
@@ -199,27 +225,31 @@ def _defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
         "enable_model_summary": False,
         "enable_progress_bar": terminal,
         "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,  # SeededDataLoader shares an epoch out itself
         "deterministic": "warn",  # CUDA has no deterministic bilinear up-sampling; everything else is
         **kwargs,
     }
 
 
 @contextmanager
-def _recorded(trainer: Trainer | Evaluator) -> Iterator[None]:
-    """Tell the recorders how it ended: finished, failed, or killed by a person or a scheduler."""
+def _recorded(trainer: Trainer | Evaluator, folder: Path) -> Iterator[None]:
+    """Tell the recorders and the folder how it ended: finished, failed, or killed by a person or a scheduler."""
     status = "FAILED"
+    if trainer.is_global_zero:
+        write_status(folder, "RUNNING")
     try:
         yield
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into SystemExit
         status = "KILLED"
         if isinstance(trainer, Trainer) and trainer.is_global_zero:
-            config = trainer._folder / "configs" / "train.yaml"
+            config = folder / "configs" / "train.yaml"
             log.warning("stopped; continue with: python -m monai.bundle run --config_file %s --resume True", config)
         raise
     finally:
         _tell(trainer, "on_run_end", status)
+        if trainer.is_global_zero:
+            with suppress(OSError):  # a full disk must not hide why the run ended
+                write_status(folder, status)
 
 
 def _tell(trainer: pl.Trainer, event: str, *args: Any) -> None:

@@ -98,8 +98,13 @@ def test_training_is_recorded(trained):
     assert run.inputs.dataset_inputs[0].dataset.digest == tags["datalist.sha256"][:32]
     names = artifacts(client, run.info.run_id)
     assert {f"configs/{n}.yaml" for n in ("train", "evaluate", "inference")} <= names
-    assert {f"overlays/{n}.png" for n in ("worst", "median", "best")} <= names
-    assert {"models/model.pt", "per_image.csv", "per_image.json", "train.log", "metrics.json"} <= names
+    assert {f"best_val/overlays/{n}.png" for n in ("worst", "median", "best")} <= names
+    tables = {f"best_val/{n}" for n in ("per_image.csv", "per_image.json", "metrics.json", "reliability.png")}
+    assert {"models/model.pt", "train.log", *tables} <= names
+    assert tags["data.style"] == "abfm"
+    assert "evaluate.yaml" in tags["mlflow.note.content"]
+    assert metrics["train_seconds"] >= metrics["epoch_seconds"] > 0
+    assert 0 <= metrics["best_val_ece"] <= 1
 
 
 def test_evaluation_scores_the_test_part_and_is_recorded(trained, bundle_run):
@@ -112,7 +117,7 @@ def test_evaluation_scores_the_test_part_and_is_recorded(trained, bundle_run):
         assert float(row["dice"]) + float(row["fpsr"]) + float(row["fnsr"]) == pytest.approx(1)
     summary = json.loads((out / "evaluation" / "test" / "metrics.json").read_text())
     assert summary["metrics"]["dice"]["mean"] == pytest.approx(np.mean([float(r["dice"]) for r in rows]))
-    _, run = mlflow_run(out / "evaluation" / "test")
+    _, run = mlflow_run(out / "evaluation")
     assert run.data.metrics["test_dice"] == pytest.approx(summary["metrics"]["dice"]["mean"])
     assert run.data.tags["training_run_id"] == json.loads((out / "mlflow_run.json").read_text())["run_id"]
 
@@ -127,7 +132,7 @@ def test_source_configs_evaluate_with_arguments(trained, bundle_run, tiny_data, 
         part="validation",
     )
     best = json.loads((out / "metrics.json").read_text())
-    assert json.loads((tmp_path / "e" / "metrics.json").read_text()) == best
+    assert json.loads((tmp_path / "e" / "validation" / "metrics.json").read_text()) == best
 
 
 @pytest.fixture
@@ -284,11 +289,12 @@ def test_a_broken_list_stops_before_training(bundle_run, tiny_data, tmp_path):
 def test_drlse_is_scored_by_the_same_code(bundle_run, tiny_data, tmp_path):
     files = [f"{CONFIGS}/{n}.yaml" for n in ("train", "evaluate", "drlse")]
     bundle_run(files, dataset_dir=tiny_data, output_dir=tmp_path / "d", image_size="[64,64]")
-    rows = list(csv.DictReader((tmp_path / "d" / "per_image.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "d" / "test" / "per_image.csv").open()))
     assert len(rows) == 2
     assert all(0 < float(r["dice"]) < 1 for r in rows)
     _, run = mlflow_run(tmp_path / "d")
     assert run.data.tags["network"] == "drlse"
+    assert "calibration" not in json.loads((tmp_path / "d" / "test" / "metrics.json").read_text())
 
 
 @pytest.mark.parametrize("network", ["deeplabv3plus", "swin_unetr"])
