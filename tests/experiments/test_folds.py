@@ -40,7 +40,7 @@ def test_no_group_leaks_and_every_case_is_tested_once(items, k, seed):
         assert validation
         assert training
         sides = [{i["patient"] for i in side} for side in (training, validation, parts["test"])]
-        assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+        assert sum(map(len, sides)) == len(set.union(*sides)), "a patient is on two sides"
         assert len(parts["training"]) + len(parts["test"]) == len(items)
         tested.update(i["image"] for i in parts["test"])
     assert tested == Counter(i["image"] for i in items)

@@ -156,4 +156,5 @@ def _defined(values: Sequence[float] | npt.NDArray[Any]) -> Array:
     array = np.asarray(values, float).ravel()
     if np.isinf(array).any():
         raise ValueError("the values hold an infinity; an undefined value is nan")
-    return array[~np.isnan(array)]
+    defined: Array = array[~np.isnan(array)]
+    return defined

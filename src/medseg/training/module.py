@@ -35,7 +35,8 @@ class Case:
         fields: the item's other fields, e.g. ``style`` or ``patient``.
         masks: prediction and truth, if they were asked for, as packed bits with their shape.
         part: the part of the data list that the case was scored for.
-        reliability: (3, bins) of its pixels from :func:`medseg.calibration.reliability_bins`, if there is a probability.
+        reliability: (3, bins) of its pixels from :func:`medseg.calibration.reliability_bins`, if there is a
+            probability.
         overlay: file name of its overlay, if one is drawn.
     """
 
