@@ -93,7 +93,7 @@ def reliability_figure(curves: Mapping[str, Sequence[Any] | Array]) -> Any:
         ece = expected_calibration_error(np.asarray(bins, float))
         upper.plot(x, y, marker="o", markersize=4, label=f"{name} (ECE {ece:.4f})")
         lower.step((np.arange(len(count)) + 0.5) / len(count), count, where="mid")
-    upper.set(ylabel="frequency of truth", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    upper.set(ylabel="frequency of truth", xlim=(0, 1), ylim=(0, 1))
     upper.legend(fontsize="small")
     lower.set(xlabel="probability", ylabel="pixels", yscale="log")
     return figure

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +100,99 @@ def demo(
     """Simulate, train small, evaluate, segment and show it: the whole task in a few minutes."""
     module = _task_module(task, "demo")
     module.demo(out or Path("demo") / task, seed)
+
+
+@app.command()
+def crossval(
+    task: Task,
+    folds: Annotated[
+        int | None, typer.Option(help="Deal the training items anew to so many folds; by default the list's own, or 5.")
+    ] = None,
+    networks: Annotated[str, typer.Option(help="Networks and baselines, with commas; all networks by default.")] = "",
+    modes: Annotated[str, typer.Option(help="Training modes, with commas; the first one by default.")] = "",
+    repeats: Annotated[int, typer.Option(help="Deal and cross-validate so many times.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the dealing and of the training; plus 1 for each repeat.")] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="[WHICH:]KEY=VALUE",
+            help="Argument of the bundle, e.g. dataset_dir=my_data or "
+            "max_epochs=50; for one network or mode only: transfer:encoder_weights=weights/{network}.pt",
+        ),
+    ] = None,
+    config: Annotated[list[str] | None, typer.Option(help="Config laid over the bundle's train.yaml.")] = None,
+    stratify: Annotated[str | None, typer.Option(help="Field of the data list to keep even over the folds.")] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Score the list's own test part as well.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Children at a time; 1 by default.")] = None,
+    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Address of the Ray cluster, e.g. auto.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; runs/TASK/crossval by default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the commands, run nothing.")] = False,
+) -> None:
+    """Cross-validate networks and modes of a task. Called again, it runs only what is missing or failed."""
+    from medseg.bundles.catalog import find_bundle, repository_root
+    from medseg.experiments import crossval as run
+    from medseg.experiments.plan import describe, make_plan, parse_setting
+
+    root = repository_root()
+    plan = make_plan(
+        find_bundle(task), root, (out or root / "runs" / task / "crossval").resolve(), folds=folds,
+        networks=_words(networks), modes=_words(modes), repeats=repeats, seed=seed,
+        settings=[parse_setting(s) for s in settings or []], overlays=config or [], stratify=stratify,
+        held_out=held_out,
+    )  # fmt: skip
+    print(describe(plan), flush=True)
+    if dry_run:
+        print("\n".join(shlex.join(["python", *child.command("PARENT_RUN_ID")[1:]]) for child in plan.children))
+        return
+    if run.tell(run.cross_validate(plan, engine, jobs, address, run.print_outcome), plan):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    experiment: Annotated[str, typer.Argument(help="MLflow experiment, by name or id.")],
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Metric; may be given several times. All by default.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="Configuration to test against; the first one run.")] = None,
+    form: Annotated[str, typer.Option("--format", help="table, markdown, latex, csv or html.")] = "table",
+    out: Annotated[Path | None, typer.Option(help="Folder for comparison.csv, report.html and the tables.")] = None,
+    part: Annotated[str, typer.Option(help="Part of the data list that was scored: test, held_out, ...")] = "test",
+    unit: Annotated[
+        str, typer.Option(help="case, or a field whose cases are averaged first: patient, video.")
+    ] = "case",
+    common: Annotated[
+        bool, typer.Option("--common", help="Compare on the cases that all configurations have.")
+    ] = False,
+    filter_: Annotated[str, typer.Option("--filter", help="In MLflow's language: tags.network = 'unet'.")] = "",
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; MLFLOW_TRACKING_URI by default.")] = None,
+) -> None:
+    """Compare the configurations of an experiment: intervals, paired tests, ranks, subgroups, report."""
+    from medseg.experiments.compare import compare as run
+    from medseg.experiments.runs import read_runs
+    from medseg.experiments.tables import FORMATS, render
+
+    if form not in (*FORMATS, "html"):
+        raise ValueError(f"unknown --format {form}; choose from {', '.join([*FORMATS, 'html'])}")
+    comparison = run(read_runs(experiment, tracking_uri, part, filter_), metric or (), baseline, unit, common)
+    if out is None and form == "html":
+        from medseg.experiments.report import html_report
+
+        print(html_report(comparison))
+        return
+    if form != "html":
+        print(render(comparison, form), end="")
+    if out is not None:
+        from medseg.experiments.report import write_comparison
+
+        for file in write_comparison(comparison, out, form):
+            print(f"wrote {file}", file=sys.stderr)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _task_module(task: str, name: str) -> Any:

@@ -25,7 +25,7 @@ Write = Callable[[Any, str], Any]
 
 log = logging.getLogger(__name__)
 
-__all__ = ["DEFAULT_URI", "StoreWriter", "tracking_uri"]
+__all__ = ["DEFAULT_URI", "StoreWriter", "absolute_uri", "continue_run", "open_experiment", "tracking_uri"]
 
 #: One SQLite file in the folder that bundles are run from (MLflow 3 refuses the plain ./mlruns store).
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -34,6 +34,41 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 def tracking_uri() -> str:
     """Where runs are recorded: ``MLFLOW_TRACKING_URI``, or one SQLite file in the working directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def absolute_uri(uri: str, root: Path) -> str:
+    """A tracking URI whose SQLite file is the same one from every working directory.
+
+    Args:
+        uri: tracking URI.
+        root: folder that a relative file starts from.
+    """
+    prefix = "sqlite:///"
+    return f"{prefix}{(root / uri.removeprefix(prefix)).resolve()}" if uri.startswith(prefix) else uri
+
+
+def open_experiment(uri: str, name: str) -> tuple[Any, str]:
+    """A client of a store, and the id of an experiment that is made if it is missing.
+
+    Args:
+        uri: tracking URI.
+        name: experiment name.
+
+    Returns:
+        The ``MlflowClient`` and the experiment's id.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    known = client.get_experiment_by_name(name)
+    if known:
+        return client, str(known.experiment_id)
+    # MLflow's default would put the artifacts of a local store into the folder of whoever came first.
+    database = local_path(uri)
+    location = (database.parent / "mlruns" / name).as_uri() if database else None
+    # Without its kind MLflow's page shows an experiment in the layout for language models.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return client, str(client.create_experiment(name, artifact_location=location, tags=tags))
 
 
 class StoreWriter:
@@ -110,26 +145,14 @@ class StoreWriter:
         write(self._client, str(self.run_id))
 
     def _start(self) -> None:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self.uri)
-        if self.run_id is not None and not _continue(client, self.run_id):
+        client, experiment_id = open_experiment(self.uri, self.experiment)
+        if self.run_id is not None and not continue_run(client, self.run_id):
             self.run_id = None
         if self.run_id is None:
-            known = client.get_experiment_by_name(self.experiment)
-            experiment_id = known.experiment_id if known else self._create_experiment(client)
             run = client.create_run(experiment_id, run_name=self.run_name, tags=self.tags)
             self.run_id = run.info.run_id
         self._client = client
         self._on_run(self.run_id)
-
-    def _create_experiment(self, client: Any) -> str:
-        # MLflow's default would put the artifacts of a local store into the folder of whoever came first.
-        database = local_path(self.uri)
-        location = (database.parent / "mlruns" / self.experiment).as_uri() if database else None
-        # Without its kind MLflow's page shows an experiment in the layout for language models.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return str(client.create_experiment(self.experiment, artifact_location=location, tags=tags))
 
     def _try(self, what: str, write: Callable[[], Any]) -> bool:
         pause, warned = 1.0, False
@@ -152,8 +175,16 @@ class StoreWriter:
             pause = min(pause * 2, 30.0)
 
 
-def _continue(client: Any, run_id: str) -> bool:
-    """Take up an earlier run; ``False`` if the store knows it no more, so that a new one is made."""
+def continue_run(client: Any, run_id: str) -> bool:
+    """Take up an earlier run.
+
+    Args:
+        client: an ``MlflowClient``.
+        run_id: the run.
+
+    Returns:
+        ``False`` if the store knows it no more, so that a new one has to be made.
+    """
     try:
         if client.get_run(run_id).info.lifecycle_stage != "active":
             return False

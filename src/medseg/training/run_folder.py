@@ -43,9 +43,12 @@ MAY_CHANGE = {
     "tracking_uri",
 }
 
+LOCK = "running.pid"
+
 __all__ = [
     "check_resumed_config",
     "claim_run_folder",
+    "living_holder",
     "read_status",
     "run_lock",
     "write_config",
@@ -171,6 +174,17 @@ def read_status(folder: Path) -> str | None:
     return str(json.loads(file.read_text(encoding="utf-8"))["status"]) if file.is_file() else None
 
 
+def living_holder(folder: Path) -> int | None:
+    """The process that is writing into a run's folder, or ``None`` if there is none (any more)."""
+    import psutil
+
+    try:
+        holder = (folder / LOCK).read_text().strip()
+    except FileNotFoundError:
+        return None
+    return int(holder) if holder.isdigit() and psutil.pid_exists(int(holder)) else None
+
+
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Keep a run's folder to one process: two would overwrite each other's checkpoints.
@@ -181,12 +195,10 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         FileExistsError: if a living process holds it. A lock that a dead one left behind is taken over.
     """
-    import psutil
-
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / "running.pid"
-    holder = lock.read_text().strip() if lock.exists() else ""
-    if holder.isdigit() and not psutil.pid_exists(int(holder)):
+    lock = folder / LOCK
+    holder = living_holder(folder)
+    if lock.exists() and holder is None and lock.read_text().strip():
         lock.unlink(missing_ok=True)
     try:
         with lock.open("x") as file:

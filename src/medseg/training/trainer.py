@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 
 from medseg.bundles.running import merged_config, running_parser
+from medseg.interruption import ended_by_signals
 from medseg.io.images import read_grey
 from medseg.training.checkpoint import load_weights, save_weights
 from medseg.training.module import SegmentationModule
@@ -106,7 +105,7 @@ class Trainer(pl.Trainer):
                 check_resumed_config(self._folder, config)
             else:
                 write_run_configs(self._folder, config, self._bundle_root)
-        with _ended_by_signals(), _recorded(self, self._folder):
+        with ended_by_signals(), _recorded(self, self._folder):
             self.fit(self._module, *self._loaders, ckpt_path=last, weights_only=True)
             self._finish()
 
@@ -173,7 +172,7 @@ class Evaluator(pl.Trainer):
         """
         if self._parser is not None and self.is_global_zero:
             write_config(self._folder / "configs" / "evaluate.yaml", merged_config(self._parser))
-        with _ended_by_signals(), _recorded(self, self._folder):
+        with ended_by_signals(), _recorded(self, self._folder):
             return _score_parts(self, self._module, self._loader, self._folder, self._read_image)
 
 
@@ -256,22 +255,3 @@ def _tell(trainer: pl.Trainer, event: str, *args: Any) -> None:
     for callback in trainer.callbacks:
         if hasattr(callback, event) and trainer.is_global_zero:
             getattr(callback, event)(*args)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """A scheduler's SIGTERM and a closed terminal's SIGHUP end the run like Ctrl-C: recorded as killed, resumable."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, _: Any) -> None:
-        raise SystemExit(128 + signum)
-
-    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in signals if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,293 @@
+"""Reading back what runs left in an MLflow store: one record per run, one table of all cases. No torch, no MONAI."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+import pandas as pd
+
+from medseg.tracking.store import absolute_uri, local_path, tracking_uri
+from medseg.training.run_folder import MAY_CHANGE
+
+#: Columns of ``per_image.csv`` that are neither metrics nor fields of the data list.
+CASE_COLUMNS = ("image", "empty_prediction", "empty_truth", "overlay")
+
+#: Settings that say where, when and on which fold a run ran, not what was trained.
+PER_RUN = (MAY_CHANGE - {"max_epochs"}) | {
+    "fold",
+    "seed",
+    "experiment_name",
+    "part",
+    "ckpt_path",
+    "network_name",
+    "mode",
+}
+
+#: A top-level setting, or one value of a top-level list such as ``image_size.0``.
+TOP_LEVEL = re.compile(r"[A-Za-z_]\w*(\.\d+)*")
+
+__all__ = ["RunRecord", "Runs", "read_runs"]
+
+
+@dataclass
+class RunRecord:
+    """One run that scored a part of a data list.
+
+    Attributes:
+        run: MLflow's run.
+        configuration: what is compared; runs of one configuration differ only in fold, repeat and machine.
+        cases: one row per case: ``case`` (path from the data's folder), metrics, fields; empty for a run that failed.
+        calibration: (3, bins) of its pixels, or ``None``.
+    """
+
+    run: Any
+    configuration: str
+    cases: pd.DataFrame = field(default_factory=pd.DataFrame)
+    calibration: np.ndarray[Any, Any] | None = None
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id."""
+        return str(self.run.info.run_id)
+
+    @property
+    def name(self) -> str:
+        """MLflow's name of the run."""
+        return str(self.run.info.run_name)
+
+    @property
+    def split(self) -> tuple[str, str]:
+        """Repeat and fold."""
+        tags = self.run.data.tags
+        return tags.get("repeat", "0"), tags.get("fold", "0")
+
+
+@dataclass
+class Runs:
+    """What was read.
+
+    Attributes:
+        experiment: its name.
+        uri: tracking URI, without credentials.
+        part: the part of the data list that was scored.
+        finished: runs with results, by start time.
+        failed: runs that ended without results and have not been repeated since.
+        superseded: how many finished runs were left out because a newer one has the same configuration and split.
+        metrics: metric names in the bundle's order.
+        modes: ``max`` or ``min`` by metric: which direction is better.
+        client: MLflow's client of the store.
+    """
+
+    experiment: str
+    uri: str
+    part: str
+    finished: list[RunRecord]
+    failed: list[RunRecord]
+    superseded: int
+    metrics: list[str]
+    modes: dict[str, str]
+    client: Any
+
+    @property
+    def configurations(self) -> list[str]:
+        """Names of the configurations, the one that was run first first."""
+        return list(dict.fromkeys(r.configuration for r in self.finished))
+
+    def cases(self) -> pd.DataFrame:
+        """All cases of all runs, with ``configuration``, ``repeat`` and ``fold``."""
+        frames = []
+        for record in self.finished:
+            repeat, fold = record.split
+            frames.append(record.cases.assign(configuration=record.configuration, repeat=repeat, fold=fold))
+        return pd.concat(frames, ignore_index=True)
+
+
+def read_runs(
+    experiment: str, uri: str | None = None, part: str = "test", filter_string: str = "", root: Path | None = None
+) -> Runs:
+    """Read the runs of an experiment that scored a part of a data list.
+
+    Args:
+        experiment: name or id.
+        uri: tracking URI; ``MLFLOW_TRACKING_URI`` or the ``mlflow.db`` of the working directory by default.
+        part: ``test``, ``held_out``, ``validation``, ...
+        filter_string: in MLflow's language, e.g. ``tags.network = 'unet'``.
+        root: folder that a relative SQLite file starts from; the working directory by default.
+
+    Raises:
+        FileNotFoundError: if the store's file does not exist.
+        ValueError: if there is no such experiment, or no finished run with results in it.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    from medseg.tracking.store import without_credentials
+
+    address = absolute_uri(uri or tracking_uri(), root or Path.cwd())
+    database = local_path(address)
+    if database is not None and not database.is_file():  # MLflow would make an empty one
+        raise FileNotFoundError(
+            f"no MLflow store at {database}; run it where your mlflow.db is, or pass --tracking-uri"
+        )
+    client = MlflowClient(address)
+    known = client.get_experiment_by_name(experiment)
+    if known is None:
+        try:
+            known = client.get_experiment(experiment)
+        except MlflowException:
+            names = ", ".join(sorted(e.name for e in client.search_experiments()))
+            raise ValueError(
+                f"no experiment {experiment!r} in {without_credentials(address)}; there are: {names}"
+            ) from None
+    runs = _search(client, known.experiment_id, filter_string)
+    by_id = {r.info.run_id: r for r in runs}
+    runs = [r for r in runs if r.data.tags.get("kind") in ("train", "evaluate")]
+    scored = [r for r in runs if r.info.status == "FINISHED" and f"{part}_cases" in r.data.metrics]
+    if not scored:
+        raise ValueError(
+            f"experiment {known.name} has no finished run with scores of the {part} part ({len(runs)} runs); "
+            f"`medseg crossval` makes some, or run RUN/configs/evaluate.yaml"
+        )
+    labels = _configurations(scored)
+    latest: dict[tuple[str, tuple[str, str]], RunRecord] = {}
+    for run in scored:
+        record = RunRecord(_with_training(run, by_id), labels[run.info.run_id])
+        latest[record.configuration, record.split] = record
+    finished = sorted(latest.values(), key=lambda r: (r.run.info.start_time, r.run_id))
+    metrics = _metric_names(finished[0].run, part)
+    _read_cases(finished, client, part, metrics)
+    done = {(r.configuration.split(" ")[0], r.split) for r in finished}
+    failed = []
+    for run in runs:
+        record = RunRecord(run, _base_name(run))
+        if run.info.status in ("FAILED", "KILLED") and (record.configuration, record.split) not in done:
+            failed.append(record)
+            done.add((record.configuration, record.split))
+    modes = {m: finished[0].run.data.params.get(f"validate.metric_modes.{m}", "max") for m in metrics}
+    return Runs(
+        known.name, without_credentials(address), part, finished, failed, len(scored) - len(finished), metrics, modes,
+        client,
+    )  # fmt: skip
+
+
+def _search(client: Any, experiment_id: str, filter_string: str) -> list[Any]:
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], filter_string, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
+        )
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _base_name(run: Any) -> str:
+    tags = run.data.tags
+    network, mode = tags.get("network", ""), tags.get("mode", "")
+    return str(tags.get("configuration") or "-".join(w for w in (network, mode) if w) or run.info.run_name)
+
+
+def _configurations(runs: Sequence[Any]) -> dict[str, str]:
+    """Network and mode of each run; settings in which runs of one name differ are added to the name."""
+    by_name: dict[str, list[Any]] = {}
+    for run in runs:
+        by_name.setdefault(_base_name(run), []).append(run)
+    names = {}
+    for name, group in by_name.items():
+        settings = [{k: v for k, v in r.data.params.items() if _distinguishes(k)} for r in group]
+        keys = sorted({k for s in settings for k in s})
+        differing = [k for k in keys if len({s.get(k) for s in settings}) > 1]
+        for run, own in zip(group, settings, strict=True):
+            added = [f"{k}={own[k]}" for k in differing if k in own]
+            names[run.info.run_id] = " ".join([name, *added])
+    return names
+
+
+def _distinguishes(key: str) -> bool:
+    if not TOP_LEVEL.fullmatch(key) or key.split(".")[0] in PER_RUN:
+        return False
+    return key not in ("parameters", "trainable_parameters", "bundle_root")
+
+
+def _with_training(run: Any, by_id: Mapping[str, Any]) -> Any:
+    """An evaluation knows the seconds of the training whose weights it scored."""
+    trained = by_id.get(run.data.tags.get("training_run_id", ""))
+    if trained is not None and "train_seconds" in trained.data.metrics:
+        run.data.metrics["train_seconds"] = trained.data.metrics["train_seconds"]
+    return run
+
+
+def _metric_names(run: Any, part: str) -> list[str]:
+    """Metrics have a mean and a standard deviation; their order is the config's."""
+    found = [k[len(part) + 1 : -3] for k in run.data.metrics if k.startswith(f"{part}_") and k.endswith("_sd")]
+    order = [k.rpartition(".")[2] for k in run.data.params if k.startswith("validate.metric_modes.")]
+    return sorted(found, key=lambda m: (order.index(m) if m in order else len(order), m))
+
+
+def _read_cases(records: Sequence[RunRecord], client: Any, part: str, metrics: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(8) as pool:
+
+        def read(record: RunRecord) -> None:
+            fetch = _fetcher(record.run, client, Path(scratch))
+            try:
+                table = pd.read_csv(io.BytesIO(fetch(f"{part}/per_image.csv")), keep_default_na=False)
+                summary = json.loads(fetch(f"{part}/metrics.json"))
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"run {record.name} ({record.run_id}) has no readable {part}/per_image.csv: {error}"
+                ) from error
+            for metric in metrics:
+                table[metric] = pd.to_numeric(table[metric], errors="coerce")
+            for column in ("empty_prediction", "empty_truth"):
+                table[column] = table[column].astype(str) == "True"
+            dataset_dir = record.run.data.params.get("dataset_dir", "")
+            table["case"] = [_relative(str(path), dataset_dir) for path in table["image"]]
+            record.cases = table
+            if summary.get("calibration"):
+                record.calibration = np.array([summary["calibration"][k] for k in ("count", "probability", "true")])
+
+        list(pool.map(read, records))
+
+
+def fetch_artifact(record: RunRecord, client: Any, name: str) -> bytes:
+    """The content of one artifact of a run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _fetcher(record.run, client, Path(scratch))(name)
+
+
+def _fetcher(run: Any, client: Any, scratch: Path) -> Callable[[str], bytes]:
+    """Artifacts of a local store are files; those of a server are fetched."""
+    location = urlparse(run.info.artifact_uri)
+    if location.scheme in ("", "file"):
+        folder = Path(unquote(location.path))
+        return lambda name: (folder / name).read_bytes()
+
+    def fetch(name: str) -> bytes:
+        from mlflow.exceptions import MlflowException
+
+        target = scratch / run.info.run_id / PurePosixPath(name).parent
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            return Path(client.download_artifacts(run.info.run_id, name, str(target))).read_bytes()
+        except MlflowException as error:
+            raise OSError(str(error)) from error
+
+    return fetch
+
+
+def _relative(path: str, dataset_dir: str) -> str:
+    """Path from the data's folder: the same case has the same name on every machine."""
+    folder = str(Path(dataset_dir).resolve()) if dataset_dir else ""
+    return path[len(folder) + 1 :] if folder and path.startswith(f"{folder}/") else path
