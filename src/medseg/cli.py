@@ -191,6 +191,41 @@ def compare(
             print(f"wrote {file}", file=sys.stderr)
 
 
+@app.command()
+def ensemble(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, e.g. crossval/unet-end_to_end/repeat0-fold*.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the ensemble to.")],
+    activation: Annotated[str, typer.Option(help="How logits become probabilities: sigmoid or softmax.")] = "sigmoid",
+) -> None:
+    """Make one predictor of several runs: the mean of their probabilities. Its configs are used like a run's."""
+    from medseg.experiments.ensemble import write_ensemble
+
+    folder = write_ensemble(runs, out, activation)
+    run = "python -m monai.bundle run --config_file"
+    print(f"segment:  {run} {folder}/configs/inference.yaml --dataset_dir FOLDER")
+    print(f"evaluate: {run} {folder}/configs/evaluate.yaml")
+
+
+@app.command()
+def paper(
+    task: Task,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; runs/TASK/paper by default.")] = None,
+    folds: Annotated[int, typer.Option(help="Folds of each cross-validation.")] = 5,
+    count: Annotated[int, typer.Option(help="Simulated images per style.")] = 60,
+    seed: Annotated[int, typer.Option(help="Seed of images, folds and training.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="[WHICH:]KEY=VALUE", help="As of `medseg crossval`.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Trainings at a time; 1 by default.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Full-size images and the bundle's own recipe, for a GPU.")
+    ] = False,
+) -> None:
+    """Make the table of the task's paper on simulated data, with the published numbers beside it."""
+    root_out = out or Path("runs") / task / "paper"
+    _task_module(task, "paper").paper(root_out, folds, count, seed, settings or [], jobs, full)
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 

@@ -13,7 +13,7 @@ from medseg.io.files import write_atomically
 
 State = dict[str, torch.Tensor]
 
-__all__ = ["load_weights", "read_state_dict", "save_weights"]
+__all__ = ["load_weights", "read_state_dict", "save_state_dict", "save_weights"]
 
 
 def read_state_dict(path: str | Path) -> State:
@@ -80,6 +80,16 @@ def save_weights(network: nn.Module, path: Path) -> None:
         network: what to save.
         path: file to write; loads with ``torch.load(path, weights_only=True)``.
     """
+    save_state_dict(network.state_dict(), path)
+
+
+def save_state_dict(state: State, path: Path) -> None:
+    """As :func:`save_weights`, of a state_dict.
+
+    Args:
+        state: tensors by name.
+        path: file to write.
+    """
     buffer = io.BytesIO()
-    torch.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, buffer)
+    torch.save({k: v.detach().cpu().contiguous() for k, v in state.items()}, buffer)
     write_atomically(path, buffer.getvalue())

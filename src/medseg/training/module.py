@@ -152,7 +152,9 @@ class SegmentationModule(pl.LightningModule):
         images, labels = (_tensor(batch[k]) for k in ("image", "label"))
         logits = self.train_inferer(images.contiguous(memory_format=self._memory_format), self.network)
         loss: torch.Tensor = self.loss(logits, labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), prog_bar=True)
+        self.log(
+            "train_loss", loss, on_epoch=True, on_step=False, batch_size=len(images), prog_bar=True, sync_dist=True
+        )
         return loss
 
     def on_validation_epoch_start(self) -> None:
