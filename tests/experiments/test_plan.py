@@ -54,7 +54,8 @@ def test_the_folds_of_the_list_are_kept_unless_others_are_asked_for(tiny_data, t
 def test_children_are_bundle_commands(tiny_data, tmp_path):
     made = plan(
         tiny_data, tmp_path, "max_epochs=7", "transfer:encoder_weights=w/{network}-{fold}.pt",
-        "drlse:image_size=[64,64]", folds=2, networks=["unet", "drlse"], modes=["end_to_end", "transfer"], held_out=True,
+        "drlse:image_size=[64,64]", folds=2,
+        networks=["unet", "drlse"], modes=["end_to_end", "transfer"], held_out=True,
     )  # fmt: skip
     names = [c.configuration for c in made.children]
     assert names == ["unet-end_to_end", "unet-transfer", "drlse"] * 2

@@ -219,7 +219,8 @@ class SegmentationModule(pl.LightningModule):
             self.cases = list({(c.part, c.image): c for cases in gathered for c in cases}.values())
         for name in self.metrics:
             mean = summarise([c.metrics[name] for c in self.cases])["mean"]
-            self.log(f"{stage}_{name}", mean, prog_bar=name == next(iter(self.metrics)), rank_zero_only=False)
+            # all processes hold the same mean by now; saying so keeps Lightning from doubting it
+            self.log(f"{stage}_{name}", mean, prog_bar=name == next(iter(self.metrics)), sync_dist=True)
 
 
 def _tensor(value: Any) -> torch.Tensor:

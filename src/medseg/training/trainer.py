@@ -218,6 +218,8 @@ def _defaults(kwargs: dict[str, Any]) -> dict[str, Any]:
     # Said once by claim_run_folder, as an error; and a call inside Lightning that torch wants written otherwise.
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    # SegmentationModule counts a case once that several processes scored.
+    warnings.filterwarnings("ignore", message=".*ensure each sample/batch gets evaluated exactly once.*")
     terminal = sys.stdout.isatty()
     return {
         "logger": False,  # the MLflowRecorder callback records, one batch per epoch
