@@ -58,6 +58,19 @@ def test_metadata_names_the_networks_of_the_config(bundle):
     assert list(train["networks"]) == bundle.metadata["networks"]
 
 
+def test_what_cross_validation_and_comparison_go_by(bundle):
+    """``medseg crossval`` and ``medseg compare`` know a bundle only through these names."""
+    train = yaml.safe_load((bundle.path / "configs" / "train.yaml").read_text())
+    assert {"fold", "seed", "score", "tags", "datalist", "output_dir", "experiment_name", "run_name"} <= set(train)
+    assert {"task", "network", "mode", "fold"} <= set(train["tags"])
+    assert train["mode"] == bundle.metadata["modes"][0], "the first mode is the default"
+    assert set(train["validate"]["metric_modes"]) == set(train["validate"]["metrics"])
+    assert set(train["validate"]["metric_modes"].values()) <= {"max", "min"}
+    for baseline in bundle.metadata["baselines"]:
+        overlay = yaml.safe_load((bundle.path / "configs" / f"{baseline}.yaml").read_text())
+        assert overlay["network_name"] == baseline
+
+
 def test_verify_net_in_out(network_parser):
     name = network_parser["network_name"]
     folder = network_parser["bundle_root"] + "/configs"

@@ -13,7 +13,7 @@ from mlflow.entities import Metric, Param, RunTag
 from PIL import Image
 
 from medseg.calibration import reliability_bins, reliability_table
-from medseg.tracking.store import open_experiment
+from medseg.tracking.store import connect, make_experiment
 
 MODES = {"dice": "max", "hausdorff_distance": "min"}
 
@@ -29,7 +29,8 @@ class FakeStore:
     def __init__(self, folder: Path, experiment: str = "trial") -> None:
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
         self.experiment = experiment
-        self.client, self.experiment_id = open_experiment(self.uri, experiment)
+        self.client = connect(self.uri)
+        self.experiment_id = make_experiment(self.client, self.uri, experiment)
 
     def run(
         self,

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medseg.io.datalist import DatalistError, check_binary_masks, fingerprint, load_datalist, split
+from medseg.io.datalist import (
+    DatalistError,
+    check_binary_masks,
+    fingerprint,
+    load_datalist,
+    scored_items,
+    split,
+)
 
 
 @pytest.fixture
@@ -132,3 +139,38 @@ def test_fingerprint_follows_content_not_place(folder, tmp_path_factory, write_l
     pixels[0, 0] ^= 1
     Image.fromarray(pixels).save(other / "a.png")
     assert fingerprint(load_datalist(other / "datalist.json", other)["training"])["sha256"] != before["sha256"]
+
+
+def test_one_picture_under_two_names_is_a_leak(folder, write_list):
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes())
+    text = problems(folder, good())
+    assert "b.png in fold 1 is the same picture as" in text
+    assert "a.png in fold 0" in text
+    content = good()
+    content["training"][1]["fold"] = 0
+    load_datalist(write_list(folder, content), folder)  # on one side it is no leak
+    with pytest.raises(DatalistError, match="it would count twice"):  # but folds could still be dealt between them
+        load_datalist(write_list(folder, content), folder, with_folds=False)
+
+
+def test_a_list_without_folds_is_for_those_who_deal_them(folder, write_list):
+    content = good()
+    for entry in content["training"]:
+        del entry["fold"]
+    assert "no integer" in problems(folder, content)
+    lists = load_datalist(write_list(folder, content), folder, with_folds=False)
+    assert [len(part) for part in lists.values()] == [3, 1, 0]
+
+
+def test_several_parts_are_scored_at_once(folder, write_list):
+    content = good()
+    content["held_out"] = [{**content["test"].pop(), "style": "x"}]
+    lists = load_datalist(write_list(folder, content), folder)
+    items = scored_items(lists, ["validation", "held_out"], fold=1)
+    assert [(i["part"], i["image"][-5:]) for i in items] == [("validation", "b.png"), ("held_out", "d.png")]
+    assert scored_items(lists, "held_out")[0]["part"] == "held_out"
+    assert scored_items(lists, []) == []
+    with pytest.raises(ValueError, match="nothing for test"):
+        scored_items(lists, ["test"])
+    content["held_out"].append(content["training"][0])
+    assert "image" in problems(folder, content)

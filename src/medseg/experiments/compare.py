@@ -102,6 +102,8 @@ def compare(
         cases["unit"] = cases["case"]
         notes += _group_notes(cases)
     values = {m: _wide(cases, m, runs.configurations) for m in metrics}
+    if runs.running:
+        notes.append(f"{runs.running} runs have not ended yet.")
     if runs.superseded:
         notes.append(f"{runs.superseded} older runs of the same configuration and fold are left out.")
     return Comparison(
@@ -209,17 +211,17 @@ def _compare(values: dict[str, pd.DataFrame], configurations: Sequence[str], bas
             low, high = bootstrap_ci(own, seed=seed)
             p_value, p_adjusted = adjusted.get(configuration, (np.nan, np.nan))
             rows.append(
-                dict(
-                    zip(
-                        COLUMNS,
-                        (
-                            configuration, metric, summary["n"], summary["mean"], summary["sd"], low, high,
-                            p_value, p_adjusted, baseline,
-                        ),
-                        strict=True,
-                    )
-                )
-            )  # fmt: skip
+                {
+                    "configuration": configuration,
+                    "metric": metric,
+                    **{k: summary[k] for k in ("n", "mean", "sd")},
+                    "ci_low": low,
+                    "ci_high": high,
+                    "p_value": p_value,
+                    "p_adjusted": p_adjusted,
+                    "baseline": baseline,
+                }
+            )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

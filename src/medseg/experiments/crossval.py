@@ -20,7 +20,14 @@ from medseg.experiments.engines import ENGINES, Ended, Job, run_local, run_ray
 from medseg.experiments.plan import Child, Plan, datalist_text
 from medseg.interruption import ended_by_signals
 from medseg.io.files import write_atomically
-from medseg.tracking.store import absolute_uri, continue_run, open_experiment, tracking_uri, without_credentials
+from medseg.tracking.store import (
+    absolute_uri,
+    connect,
+    continue_run,
+    make_experiment,
+    tracking_uri,
+    without_credentials,
+)
 from medseg.training.run_folder import living_holder, read_status, run_lock
 
 RECORD, LOG = "crossval.json", "output.log"
@@ -86,6 +93,7 @@ def cross_validate(
             outcomes = _run_all(plan, parent, engine, jobs, address, report)
         except BaseException:
             client.set_terminated(parent, "KILLED")
+            log.warning("stopped; the same command again goes on from here")
             raise
         _close_parent(client, parent, plan, outcomes)
     return outcomes
@@ -186,7 +194,8 @@ def _write(plan: Plan, record: Mapping[str, Any]) -> None:
 def _open_parent(plan: Plan, record: dict[str, Any]) -> tuple[Any, str]:
     """The MLflow run that the children hang under. It also makes the store before two children could do so at once."""
     uri = absolute_uri(_tracking_uri(plan), plan.root)
-    client, experiment_id = open_experiment(uri, plan.experiment)
+    client = connect(uri)
+    experiment_id = make_experiment(client, uri, plan.experiment)
     parent = record.get("parent_run_id") if record.get("tracking_uri") == without_credentials(uri) else None
     if parent and not continue_run(client, parent):
         parent = None

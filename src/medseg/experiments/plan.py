@@ -183,8 +183,8 @@ def make_plan(
             held = tests if held_out else ()
             datalists[file] = fold_datalist(items, assigned, fold, seed + repeat, stratify, held)
             parts.append((repeat, fold, file))
-    experiment = str(config.get("experiment_name") if _is_set(settings, "experiment_name") else "")
-    experiment = experiment or f"{bundle.name}-{out.name}"
+    named = [s.value for s in settings if s.key == "experiment_name" and s.scope is None]
+    experiment = named[-1] if named else f"{bundle.name}-{out.name}"
     score = "[test,held_out]" if held_out else "[test]"
     children = tuple(
         _child(bundle, network, mode, repeat, fold, file, out, experiment, dataset_dir, seed, score, settings, overlays)
@@ -287,10 +287,6 @@ def _merged(root: Path, files: Sequence[str], settings: Sequence[Setting]) -> di
             raise FileNotFoundError(f"no config {root / file}")
         config |= yaml.safe_load((root / file).read_text(encoding="utf-8")) or {}
     return config | {s.key: s.value for s in settings if s.scope is None}
-
-
-def _is_set(settings: Sequence[Setting], key: str) -> bool:
-    return any(s.key == key and s.scope is None for s in settings)
 
 
 def _data_paths(config: Mapping[str, Any], root: Path) -> tuple[Path, Path]:

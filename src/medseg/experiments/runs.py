@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 import pandas as pd
 
-from medseg.tracking.store import absolute_uri, local_path, tracking_uri
+from medseg.progress import track
+from medseg.tracking.store import absolute_uri, connect, local_path, tracking_uri, without_credentials
 from medseg.training.run_folder import MAY_CHANGE
 
 #: Columns of ``per_image.csv`` that are neither metrics nor fields of the data list.
@@ -82,6 +84,7 @@ class Runs:
         part: the part of the data list that was scored.
         finished: runs with results, by start time.
         failed: runs that ended without results and have not been repeated since.
+        running: how many runs have not ended.
         superseded: how many finished runs were left out because a newer one has the same configuration and split.
         metrics: metric names in the bundle's order.
         modes: ``max`` or ``min`` by metric: which direction is better.
@@ -93,6 +96,7 @@ class Runs:
     part: str
     finished: list[RunRecord]
     failed: list[RunRecord]
+    running: int
     superseded: int
     metrics: list[str]
     modes: dict[str, str]
@@ -126,12 +130,10 @@ def read_runs(
 
     Raises:
         FileNotFoundError: if the store's file does not exist.
+        ConnectionError: if the store does not answer.
         ValueError: if there is no such experiment, or no finished run with results in it.
     """
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
-
-    from medseg.tracking.store import without_credentials
 
     address = absolute_uri(uri or tracking_uri(), root or Path.cwd())
     database = local_path(address)
@@ -139,7 +141,7 @@ def read_runs(
         raise FileNotFoundError(
             f"no MLflow store at {database}; run it where your mlflow.db is, or pass --tracking-uri"
         )
-    client = MlflowClient(address)
+    client = connect(address)
     known = client.get_experiment_by_name(experiment)
     if known is None:
         try:
@@ -175,7 +177,8 @@ def read_runs(
             done.add((record.configuration, record.split))
     modes = {m: finished[0].run.data.params.get(f"validate.metric_modes.{m}", "max") for m in metrics}
     return Runs(
-        known.name, without_credentials(address), part, finished, failed, len(scored) - len(finished), metrics, modes,
+        known.name, without_credentials(address), part, finished, failed,
+        sum(r.info.status == "RUNNING" for r in runs), len(scored) - len(finished), metrics, modes,
         client,
     )  # fmt: skip
 
@@ -237,6 +240,7 @@ def _metric_names(run: Any, part: str) -> list[str]:
 
 
 def _read_cases(records: Sequence[RunRecord], client: Any, part: str, metrics: Sequence[str]) -> None:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each of many small files
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(8) as pool:
 
         def read(record: RunRecord) -> None:
@@ -258,7 +262,8 @@ def _read_cases(records: Sequence[RunRecord], client: Any, part: str, metrics: S
             if summary.get("calibration"):
                 record.calibration = np.array([summary["calibration"][k] for k in ("count", "probability", "true")])
 
-        list(pool.map(read, records))
+        for _ in track(pool.map(read, records), "read runs", len(records)):
+            pass
 
 
 def fetch_artifact(record: RunRecord, client: Any, name: str) -> bytes:

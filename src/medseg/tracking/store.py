@@ -25,7 +25,16 @@ Write = Callable[[Any, str], Any]
 
 log = logging.getLogger(__name__)
 
-__all__ = ["DEFAULT_URI", "StoreWriter", "absolute_uri", "continue_run", "open_experiment", "tracking_uri"]
+__all__ = [
+    "DEFAULT_URI",
+    "StoreWriter",
+    "absolute_uri",
+    "connect",
+    "continue_run",
+    "make_experiment",
+    "tracking_uri",
+    "without_credentials",
+]
 
 #: One SQLite file in the folder that bundles are run from (MLflow 3 refuses the plain ./mlruns store).
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -47,28 +56,56 @@ def absolute_uri(uri: str, root: Path) -> str:
     return f"{prefix}{(root / uri.removeprefix(prefix)).resolve()}" if uri.startswith(prefix) else uri
 
 
-def open_experiment(uri: str, name: str) -> tuple[Any, str]:
-    """A client of a store, and the id of an experiment that is made if it is missing.
+def connect(uri: str) -> Any:
+    """A client of a store that answers.
 
     Args:
         uri: tracking URI.
-        name: experiment name.
 
     Returns:
-        The ``MlflowClient`` and the experiment's id.
+        An ``MlflowClient``.
+
+    Raises:
+        ConnectionError: if the store does not answer; the message names it.
     """
     from mlflow import MlflowClient
 
-    client = MlflowClient(uri)
+    # MLflow's own patience is minutes per request.
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    before = {k: os.environ.get(k) for k in patience}
+    os.environ.update({k: v for k, v in patience.items() if before[k] is None})
+    try:
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # store, database, network: no common type
+        raise ConnectionError(
+            f"the MLflow store {without_credentials(uri)} does not answer: {str(error).strip().splitlines()[0][:300]}; "
+            "check MLFLOW_TRACKING_URI"
+        ) from error
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+    return client
+
+
+def make_experiment(client: Any, uri: str, name: str) -> str:
+    """The id of an experiment, which is made if it is missing.
+
+    Args:
+        client: an ``MlflowClient``.
+        uri: its tracking URI.
+        name: experiment name.
+    """
     known = client.get_experiment_by_name(name)
     if known:
-        return client, str(known.experiment_id)
+        return str(known.experiment_id)
     # MLflow's default would put the artifacts of a local store into the folder of whoever came first.
     database = local_path(uri)
     location = (database.parent / "mlruns" / name).as_uri() if database else None
     # Without its kind MLflow's page shows an experiment in the layout for language models.
     tags = {"mlflow.experimentKind": "custom_model_development"}
-    return client, str(client.create_experiment(name, artifact_location=location, tags=tags))
+    return str(client.create_experiment(name, artifact_location=location, tags=tags))
 
 
 class StoreWriter:
@@ -145,10 +182,13 @@ class StoreWriter:
         write(self._client, str(self.run_id))
 
     def _start(self) -> None:
-        client, experiment_id = open_experiment(self.uri, self.experiment)
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.uri)
         if self.run_id is not None and not continue_run(client, self.run_id):
             self.run_id = None
         if self.run_id is None:
+            experiment_id = make_experiment(client, self.uri, self.experiment)
             run = client.create_run(experiment_id, run_name=self.run_name, tags=self.tags)
             self.run_id = run.info.run_id
         self._client = client
