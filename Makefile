@@ -13,7 +13,7 @@ help: ## show this list
 
 # The stamp is written last: an interrupted installation is taken up again. pip finds what is there already.
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("medseg needs Python >= 3.10, this is " + sys.version) if sys.version_info < (3, 10) else None'
+	@$(PYTHON) -c 'import sys; sys.exit("medseg needs Python >= 3.11, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'

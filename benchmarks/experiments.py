@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "experiments"))
+sys.path.insert(0, str(ROOT / "tests"))
 
 TINY = {
     "encoder": "resnet18", "encoder_depth": "3", "decoder_channels": "[32,16,8]", "roi_size": "[32,32]",

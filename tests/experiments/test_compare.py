@@ -163,6 +163,15 @@ def test_runs_of_one_name_are_told_apart_by_their_settings_or_the_newest_counts(
     assert "1 older runs" in comparison.notes[-1]
 
 
+def test_children_of_one_cross_validation_are_one_configuration(tmp_path):
+    store = FakeStore(tmp_path)
+    for fold, cases in HALVES.items():
+        weights = {"encoder_weights": f"fold{fold}.pt"}
+        run_id = store.run("unet-transfer", {"dice": [0.5] * 10}, cases, fold=fold, params=weights)
+        store.client.set_tag(run_id, "mlflow.parentRunId", "parent")
+    assert read(store).configurations == ["unet-transfer"]
+
+
 def test_undefined_values_and_ties(tmp_path):
     store = FakeStore(tmp_path)
     store.run("unet-end_to_end", {"hausdorff_distance": [np.nan, 3.0, 4.0]}, CASES[:3])

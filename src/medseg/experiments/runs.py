@@ -203,19 +203,30 @@ def _base_name(run: Any) -> str:
 
 
 def _configurations(runs: Sequence[Any]) -> dict[str, str]:
-    """Network and mode of each run; settings in which runs of one name differ are added to the name."""
+    """Network and mode of each run; settings in which runs of one name differ are added to the name.
+
+    Children of one cross-validation have the same settings, but for paths with the fold in them: their first one
+    stands for all.
+    """
     by_name: dict[str, list[Any]] = {}
     for run in runs:
         by_name.setdefault(_base_name(run), []).append(run)
     names = {}
     for name, group in by_name.items():
-        settings = [{k: v for k, v in r.data.params.items() if _distinguishes(k)} for r in group]
-        keys = sorted({k for s in settings for k in s})
-        differing = [k for k in keys if len({s.get(k) for s in settings}) > 1]
-        for run, own in zip(group, settings, strict=True):
-            added = [f"{k}={own[k]}" for k in differing if k in own]
-            names[run.info.run_id] = " ".join([name, *added])
+        settings: dict[str, dict[str, str]] = {}
+        for run in group:
+            own = {k: v for k, v in run.data.params.items() if _distinguishes(k)}
+            settings.setdefault(_family(run), own)
+        keys = sorted({k for own in settings.values() for k in own})
+        differing = [k for k in keys if len({own.get(k) for own in settings.values()}) > 1]
+        for run in group:
+            own = settings[_family(run)]
+            names[run.info.run_id] = " ".join([name, *(f"{k}={own[k]}" for k in differing if k in own)])
     return names
+
+
+def _family(run: Any) -> str:
+    return str(run.data.tags.get("mlflow.parentRunId") or run.info.run_id)
 
 
 def _distinguishes(key: str) -> bool:
