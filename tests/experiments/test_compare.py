@@ -172,6 +172,43 @@ def test_children_of_one_cross_validation_are_one_configuration(tmp_path):
     assert read(store).configurations == ["unet-transfer"]
 
 
+def test_of_two_cross_validations_in_one_experiment_the_newest_counts(tmp_path):
+    store = FakeStore(tmp_path)
+    for parent, folds, value in (("old", 3, 0.1), ("new", 2, 0.9)):
+        for fold in range(folds):
+            cases = CASES[fold::folds][:4]
+            run_id = store.run("unet-end_to_end", {"dice": [value] * 4}, cases, fold=fold, status="RUNNING")
+            store.client.set_tag(run_id, "mlflow.parentRunId", parent)
+            store.client.set_terminated(run_id)
+    comparison = compare(read(store))
+    assert comparison.table["mean"].tolist() == [pytest.approx(0.9)]
+    assert "3 runs of earlier cross-validations" in comparison.notes[0]
+
+
+def test_a_failure_in_a_sweep_is_not_hidden(tmp_path):
+    store = FakeStore(tmp_path)
+    for rate, status in ((0.001, "FINISHED"), (0.01, "FINISHED"), (0.1, "FAILED")):
+        store.run("unet-end_to_end", {"dice": [rate, 0.6]}, CASES[:2], params={"learning_rate": rate}, status=status)
+    runs = read(store)
+    assert [r.configuration for r in runs.failed] == ["unet-end_to_end learning_rate=0.1"]
+    assert compare(runs).overview["failed_runs"].tolist() == [0, 0, 1]
+
+
+def test_runs_with_other_metrics_and_of_other_kinds(tmp_path):
+    store = FakeStore(tmp_path)
+    both = {"dice": [0.5, 0.6], "hausdorff_distance": [1.0, 2.0]}
+    store.run("unet-end_to_end", both, CASES[:2], params={"run.0": "$@train::trainer.run()"})
+    store.run("unet-end_to_end", {"dice": [0.7, 0.8]}, CASES[:2], params={"run.0": "$@validate::evaluator.run()"})
+    store.run("unetpp-end_to_end", {"dice": [0.7, 0.6]}, CASES[:2])
+    runs = read(store)
+    assert runs.configurations == ["unet-end_to_end", "unetpp-end_to_end"]
+    assert runs.metrics == ["dice"]
+    store.run("swin-transfer", both, CASES[:2])
+    comparison = compare(read(store))
+    assert comparison.metrics == ["dice"]
+    assert "Not all runs have hausdorff_distance" in " ".join(comparison.notes)
+
+
 def test_undefined_values_and_ties(tmp_path):
     store = FakeStore(tmp_path)
     store.run("unet-end_to_end", {"hausdorff_distance": [np.nan, 3.0, 4.0]}, CASES[:3])

@@ -5,21 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, bundle_command
 from mlflow import MlflowClient
 
-from medseg.experiments.crossval import _wait_for_orphan
+from medseg.experiments.crossval import _no_orphan, _reason
+from medseg.experiments.engines import ATTEMPT
 from medseg.experiments.plan import Child
 from medseg.training.run_folder import living_holder, read_status
 
@@ -62,7 +64,7 @@ def crossed(tiny_data, tmp_path_factory, environment):
         time.sleep(0.05)
     assert read_status(first) == "FINISHED", driver.communicate()[0]
     driver.kill()
-    os.kill(living_holder(second), signal.SIGKILL)
+    os.kill(int((second / "running.pid").read_text().split()[0]), signal.SIGKILL)
     driver.wait()
     assert read_status(second) == "RUNNING"
     again = run(line(tiny_data, out), environment)
@@ -159,9 +161,14 @@ def test_an_ensemble_of_the_folds_is_one_predictor(crossed, tiny_data, environme
     assert done.returncode == 0, done.stderr
     evaluated = run(bundle_command(str(target / "configs" / "evaluate.yaml")), environment)
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
-    rows = list(csv.DictReader((target / "evaluation" / "test" / "per_image.csv").open()))
+    rows = list(csv.DictReader((target / "evaluation" / "held_out" / "per_image.csv").open()))
     held_out = {i["image"] for i in json.loads((tiny_data / "datalist.json").read_text())["test"]}
     assert {str(Path(r["image"]).relative_to(tiny_data)) for r in rows} == held_out, "only what no member has seen"
+    words = ["compare", "fluorescence_tumor-crossval", "--part", "held_out", "--format", "csv", "--metric", "dice"]
+    compared = run([sys.executable, "-m", "medseg", *words], environment)
+    table = list(csv.DictReader(compared.stdout.splitlines()))
+    assert {"unet-end_to_end", "unet-end_to_end-ensemble"} <= {r["configuration"] for r in table}, compared.stderr
+    assert {r["n"] for r in table} == {"2"}
     new = target.parent / "images"
     new.mkdir()
     (new / "a.png").write_bytes((tiny_data / "images" / "abfm_0000.png").read_bytes())
@@ -181,13 +188,31 @@ def test_an_ensemble_of_the_folds_is_one_predictor(crossed, tiny_data, environme
 
 def test_an_orphan_is_waited_for(tmp_path, caplog):
     child = Child("unet", None, 0, 0, (), (), tmp_path)
+    ready = _no_orphan(child)
+    assert ready()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True) as orphan:
-        (tmp_path / "running.pid").write_text(str(orphan.pid))
-        # a process that has ended is waited for by its parent: only then does its number go away
-        timer = threading.Timer(1.5, lambda: orphan.communicate("\n"))
-        timer.start()
-        started = time.monotonic()
-        _wait_for_orphan(child)
-        assert time.monotonic() - started > 1
-        timer.join()
+        started = psutil.Process(orphan.pid).create_time()
+        (tmp_path / "running.pid").write_text(f"{orphan.pid} {started} {platform.node()}")
+        assert not ready()
+        orphan.communicate("\n")
+    assert ready()
     assert "waiting for it" in caplog.text
+    # the same number, but another process or another machine
+    for content in (f"{os.getpid()} 1.0 {platform.node()}", "1 1.0 elsewhere"):
+        (tmp_path / "running.pid").write_text(content)
+        assert ready()
+
+
+@pytest.mark.parametrize(
+    ("log", "returncode", "expected"),
+    [
+        ("error: old\n{0}: again\nhello\nerror: 2 problem(s)\n  - a\n  - b\n", 1, "2 problem(s)\n  - a\n  - b"),
+        ("error: old\n{0}: again\nTraceback\nKeyError: 'x'\n", 1, "KeyError: 'x'"),
+        ("{0}: again\nepoch 3\n", -9, "ended by signal 9 after: epoch 3"),
+        ("{0}: again\n", 2, "exit code 2"),
+        ("", 1, "exit code 1"),
+    ],
+)  # fmt: skip
+def test_why_a_child_failed_is_what_its_last_attempt_said(tmp_path, log, returncode, expected):
+    (tmp_path / "output.log").write_text(log.format(ATTEMPT))
+    assert _reason(Child("unet", None, 0, 0, (), (), tmp_path), returncode) == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medseg.experiments.engines import Job, _slots, run_local, run_ray
+from medseg.experiments.engines import ATTEMPT, Job, _slots, run_local, run_ray
 
 
 def job(folder: Path, name: str, code: str) -> Job:
@@ -18,7 +18,9 @@ def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
     codes = ["print('one')", "import sys; print('two'); sys.exit(3)", "print('three')"]
     ended = list(run_local([job(tmp_path, str(i), code) for i, code in enumerate(codes)]))
     assert [(e.index, e.returncode) for e in ended] == [(0, 0), (1, 3), (2, 0)]
-    assert [(tmp_path / f"{i}.log").read_text() for i in range(3)] == ["one\n", "two\n", "three\n"]
+    logs = [(tmp_path / f"{i}.log").read_text().splitlines() for i in range(3)]
+    assert [log[-1] for log in logs] == ["one", "two", "three"]
+    assert all(log[1].startswith(ATTEMPT) for log in logs)
 
 
 def test_jobs_run_at_the_same_time(tmp_path):
@@ -49,6 +51,18 @@ def test_no_child_outlives_the_engine(tmp_path):
         os.kill(int(pid.read_text()), 0)
 
 
+def test_a_job_that_waits_is_never_started_after_the_end(tmp_path):
+    waiting = Job(
+        "waits", lambda: [sys.executable, "-c", "open('started', 'w')"], tmp_path / "w.log", tmp_path, lambda: False
+    )
+    running = run_local([job(tmp_path, "quick", "pass"), waiting], parallel=2)
+    next(running)
+    started = time.monotonic()
+    running.close()
+    assert time.monotonic() - started < 5
+    assert not (tmp_path / "started").exists()
+
+
 def test_ray_runs_the_same_jobs(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'medseg[ray]'")
     monkeypatch.setenv("MEDSEG_SIGN", "seen")
@@ -56,7 +70,7 @@ def test_ray_runs_the_same_jobs(tmp_path, monkeypatch):
     codes = ["import os; print(os.environ['MEDSEG_SIGN'])", "import sys; sys.exit(3)"]
     ended = list(run_ray([job(tmp_path, str(i), code) for i, code in enumerate(codes)], parallel=2))
     assert {e.index: e.returncode for e in ended} == {0: 0, 1: 3}
-    assert (tmp_path / "0.log").read_text() == "seen\n"
+    assert (tmp_path / "0.log").read_text().endswith("\nseen\n")
 
 
 def test_ray_that_is_not_there(monkeypatch):

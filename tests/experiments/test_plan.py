@@ -33,9 +33,9 @@ def test_settings(text, expected):
     assert str(expected) == text
 
 
-@pytest.mark.parametrize("text", ["max_epochs", "=5", "fold=3", "unet:seed=1", "tags::x=1"])
+@pytest.mark.parametrize("text", ["max_epochs", "=5", "fold=3", "unet:seed=1", "tags::x=1", "unet:dataset_dir=/x"])
 def test_settings_that_are_refused(text):
-    with pytest.raises(ValueError, match=text.split("=")[0] or "no key=value"):
+    with pytest.raises(ValueError, match=text.split("=")[0].split(":")[-1] or "no key=value"):
         parse_setting(text)
 
 
@@ -98,4 +98,33 @@ def test_equal_pictures_are_refused_before_they_are_dealt(tiny_data, tmp_path):
     first, second = content["training"][:2]
     shutil.copy(tmp_path / "data" / first["image"], tmp_path / "data" / second["image"])
     with pytest.raises(ValueError, match="is the same picture as"):
+        plan(tmp_path / "data", tmp_path, folds=2)
+
+
+def test_an_edited_config_is_another_recipe(tiny_data, tmp_path):
+    overlay = tmp_path / "mine.yaml"
+    digests = []
+    for text in ("batch_size: 2\n", "# a comment\nbatch_size: 2\n", "batch_size: 3\n"):
+        overlay.write_text(text)
+        digests.append(plan(tiny_data, tmp_path, overlays=[str(overlay)]).identity["recipe"])
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_where_the_store_is_comes_from_the_configs_and_stays_without_credentials(tiny_data, tmp_path):
+    overlay = tmp_path / "site.yaml"
+    overlay.write_text("tracking_uri: http://server:5000\n")
+    assert plan(tiny_data, tmp_path, overlays=[str(overlay)]).tracking_uri == "http://server:5000"
+    assert plan(tiny_data, tmp_path).tracking_uri is None
+    made = plan(tiny_data, tmp_path, "tracking_uri=http://me:secret@server:5000")
+    assert made.tracking_uri == "http://me:secret@server:5000"
+    assert "secret" not in json.dumps(made.identity)
+
+
+def test_a_picture_listed_twice_is_refused(tiny_data, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    path = tmp_path / "data" / "datalist.json"
+    content = json.loads(path.read_text())
+    content["training"].append({k: v for k, v in content["training"][0].items() if k != "video"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="listed twice"):
         plan(tmp_path / "data", tmp_path, folds=2)

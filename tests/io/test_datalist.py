@@ -174,3 +174,14 @@ def test_several_parts_are_scored_at_once(folder, write_list):
         scored_items(lists, ["test"])
     content["held_out"].append(content["training"][0])
     assert "image" in problems(folder, content)
+
+
+def test_a_field_is_all_text_or_all_numbers(folder, write_list):
+    content = good()
+    for entry, age in zip(content["training"], (45, None, "unknown"), strict=True):
+        entry |= {"age": age, "size": 3.5}
+    content["test"][0] |= {"size": 4}
+    lists = load_datalist(write_list(folder, content), folder)
+    items = lists["training"] + lists["test"]
+    assert [i["age"] for i in items] == ["45", "", "unknown", ""]
+    assert [i["size"] for i in items] == [3.5, 3.5, 3.5, 4]

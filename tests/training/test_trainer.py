@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import time
@@ -79,7 +80,9 @@ def test_a_diverged_training_fails(bundle_run, tiny_data, tmp_path):
 def test_a_folder_belongs_to_one_process(tmp_path):
     with run_lock(tmp_path / "r"), pytest.raises(FileExistsError, match="in use by process"), run_lock(tmp_path / "r"):
         pass
-    (tmp_path / "r" / "running.pid").write_text("999999999")  # left behind by a process that was killed
+    (tmp_path / "r" / "running.pid").write_text(
+        f"999999999 1.0 {platform.node()}"
+    )  # left behind by a process that was killed
     with run_lock(tmp_path / "r"):
         pass
     assert not (tmp_path / "r" / "running.pid").exists()

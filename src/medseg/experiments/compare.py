@@ -102,10 +102,7 @@ def compare(
         cases["unit"] = cases["case"]
         notes += _group_notes(cases)
     values = {m: _wide(cases, m, runs.configurations) for m in metrics}
-    if runs.running:
-        notes.append(f"{runs.running} runs have not ended yet.")
-    if runs.superseded:
-        notes.append(f"{runs.superseded} older runs of the same configuration and fold are left out.")
+    notes += runs.notes
     return Comparison(
         runs=runs,
         baseline=baseline,
@@ -294,7 +291,7 @@ def _overview(runs: Runs, cases: pd.DataFrame) -> pd.DataFrame:
             {
                 "configuration": configuration,
                 "runs": len(records),
-                "failed_runs": sum(r.configuration == configuration.split(" ")[0] for r in runs.failed),
+                "failed_runs": sum(r.configuration == configuration for r in runs.failed),
                 "cases": own["case"].nunique(),
                 "scored": len(own),
                 "empty_predictions": int(own["empty_prediction"].sum()),
@@ -305,7 +302,7 @@ def _overview(runs: Runs, cases: pd.DataFrame) -> pd.DataFrame:
             }
         )
     for name in dict.fromkeys(r.configuration for r in runs.failed):
-        if name not in {c.split(" ")[0] for c in runs.configurations}:
+        if name not in runs.configurations:
             rows.append(
                 {"configuration": name, "runs": 0, "failed_runs": sum(r.configuration == name for r in runs.failed)}
             )

@@ -11,12 +11,11 @@ import contextlib
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from medseg.experiments.engines import ENGINES, Ended, Job, run_local, run_ray
+from medseg.experiments.engines import ATTEMPT, ENGINES, Ended, Job, run_local, run_ray
 from medseg.experiments.plan import Child, Plan, datalist_text
 from medseg.interruption import ended_by_signals
 from medseg.io.files import write_atomically
@@ -88,26 +87,37 @@ def cross_validate(
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}; it must be at least 1")
     with run_lock(plan.out), ended_by_signals():
-        client, parent = _open_parent(plan, _claim(plan))
+        client, parent, recorded = _open_parent(plan, _claim(plan))
         try:
-            outcomes = _run_all(plan, parent, engine, jobs, address, report)
+            outcomes = _run_all(plan, parent, recorded, engine, jobs, address, report)
         except BaseException:
-            client.set_terminated(parent, "KILLED")
             log.warning("stopped; the same command again goes on from here")
+            _close_parent(client, parent, plan, None)
             raise
         _close_parent(client, parent, plan, outcomes)
     return outcomes
 
 
 def _run_all(
-    plan: Plan, parent: str, engine: str, jobs: int | None, address: str | None, report: Report | None
+    plan: Plan,
+    parent: str,
+    recorded: set[str],
+    engine: str,
+    jobs: int | None,
+    address: str | None,
+    report: Report | None,
 ) -> list[Outcome]:
-    outcomes = {c: Outcome(c, score=_score(c), skipped=True) for c in plan.children if finished(c)}
-    missing = [c for c in plan.children if c not in outcomes]
+    before = {c for c in plan.children if finished(c) and _run_id(c) in recorded}
+    outcomes = {c: Outcome(c, score=_score(c), skipped=True) for c in plan.children if c in before}
+    missing = [c for c in plan.children if c not in before]
     tell: Report = report or (lambda *_: None)
     for outcome in list(outcomes.values()):
         tell(outcome, len(outcomes), len(plan.children))
-    queue = [Job(c.name, _command(c, parent), c.folder / LOG, plan.root) for c in missing]
+    # What finished without the store knowing it is resumed: that scores and records it again, and trains nothing.
+    unrecorded = {c for c in missing if finished(c)}
+    queue = [
+        Job(c.name, _command(c, parent, c in unrecorded), c.folder / LOG, plan.root, _no_orphan(c)) for c in missing
+    ]
     ending = run_local(queue, jobs or 1) if engine == "local" else run_ray(queue, jobs, address)
     with contextlib.closing(ending) as endings:  # type: ignore[type-var]
         for ended in endings:
@@ -117,32 +127,41 @@ def _run_all(
     return [outcomes[c] for c in plan.children]
 
 
-def _command(child: Child, parent: str) -> Callable[[], list[str]]:
+def _command(child: Child, parent: str, again: bool) -> Callable[[], list[str]]:
     """Decided when the child's turn comes: begin, or go on from its last checkpoint."""
 
     def command() -> list[str]:
-        _wait_for_orphan(child)
-        if finished(child):  # by an orphan of an earlier call
+        if finished(child) and not again:  # by an orphan of an earlier call
             return [sys.executable, "-c", "pass"]
         return child.command(parent, resume=(child.folder / "checkpoints" / "last.ckpt").is_file())
 
     return command
 
 
-def _wait_for_orphan(child: Child) -> None:
+def _no_orphan(child: Child) -> Callable[[], bool]:
     """A killed cross-validation leaves its child running: let it end instead of starting a second one."""
     told = False
-    while pid := living_holder(child.folder):
-        if not told:
-            log.warning("%s still runs as process %d, started by an earlier call: waiting for it", child.name, pid)
+
+    def ready() -> bool:
+        nonlocal told
+        holder = living_holder(child.folder)
+        if holder and not told:
+            log.warning("%s still runs (%s), started by an earlier call: waiting for it", child.name, holder)
             told = True
-        time.sleep(1.0)
+        return holder is None or " on " in holder  # of another machine nothing is known: the child itself will refuse
+
+    return ready
 
 
 def _outcome(child: Child, ended: Ended) -> Outcome:
     if ended.returncode == 0 and finished(child):
         return Outcome(child, seconds=ended.seconds, score=_score(child))
     return Outcome(child, _reason(child, ended.returncode), ended.seconds)
+
+
+def _run_id(child: Child) -> str | None:
+    file = child.folder / "mlflow_run.json"
+    return str(json.loads(file.read_text(encoding="utf-8"))["run_id"]) if file.is_file() else None
 
 
 def _score(child: Child) -> tuple[str, float] | None:
@@ -156,14 +175,15 @@ def _score(child: Child) -> tuple[str, float] | None:
 
 
 def _reason(child: Child, returncode: int) -> str:
-    """The last line that a failed run printed is its cause."""
+    """What the last attempt printed last: a failed run ends with its cause."""
     file = child.folder / LOG
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-    told = [line.strip() for line in lines if line.strip()]
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    attempt = text.rpartition(ATTEMPT)[2].partition("\n")[2].strip()
+    _, found, cause = f"\n{attempt}".rpartition("\nerror: ")
+    last = attempt.splitlines()[-1].strip() if attempt else ""
     if returncode < 0:
-        return f"ended by signal {-returncode}" + (f" after: {told[-1][:200]}" if told else "")
-    errors = [line for line in told[-40:] if line.startswith("error: ")]
-    return (errors[-1].removeprefix("error: ") if errors else told[-1] if told else f"exit code {returncode}")[:600]
+        return f"ended by signal {-returncode}" + (f" after: {last[:200]}" if last else "")
+    return (cause.strip() if found else last or f"exit code {returncode}")[:600]
 
 
 def _claim(plan: Plan) -> dict[str, Any]:
@@ -191,9 +211,12 @@ def _write(plan: Plan, record: Mapping[str, Any]) -> None:
     write_atomically(plan.out / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def _open_parent(plan: Plan, record: dict[str, Any]) -> tuple[Any, str]:
-    """The MLflow run that the children hang under. It also makes the store before two children could do so at once."""
-    uri = absolute_uri(_tracking_uri(plan), plan.root)
+def _open_parent(plan: Plan, record: dict[str, Any]) -> tuple[Any, str, set[str]]:
+    """The MLflow run that the children hang under, and which children it knows as finished.
+
+    It also makes the store before two children could do so at once.
+    """
+    uri = absolute_uri(plan.tracking_uri or tracking_uri(), plan.root)
     client = connect(uri)
     experiment_id = make_experiment(client, uri, plan.experiment)
     parent = record.get("parent_run_id") if record.get("tracking_uri") == without_credentials(uri) else None
@@ -212,39 +235,44 @@ def _open_parent(plan: Plan, record: dict[str, Any]) -> tuple[Any, str]:
             client.log_param(parent, key, str(value)[:6000])
         record |= {"parent_run_id": parent, "tracking_uri": without_credentials(uri)}
         _write(plan, record)
-    _bury_the_dead(client, experiment_id, parent, plan)
-    return client, parent
+    return client, parent, _bury_the_dead(client, experiment_id, parent, plan)
 
 
-def _tracking_uri(plan: Plan) -> str:
-    for child in plan.children:
-        for key, value in child.arguments:
-            if key == "tracking_uri":
-                return value
-    return tracking_uri()
+def _bury_the_dead(client: Any, experiment_id: str, parent: str, plan: Plan) -> set[str]:
+    """Children that a power cut or SIGKILL ended are still marked as running; those that do run are left alone.
+
+    Returns:
+        Ids of the children that finished.
+    """
+    alive = {_run_id(c) for c in plan.children if living_holder(c.folder)}
+    done, token = set(), None
+    while True:
+        page = client.search_runs(
+            [experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=1000, page_token=token
+        )
+        for run in page:
+            if run.info.status == "FINISHED":
+                done.add(str(run.info.run_id))
+            elif run.info.status == "RUNNING" and run.info.run_id not in alive:
+                client.set_terminated(run.info.run_id, "KILLED")
+        token = page.token
+        if not token:
+            return done
 
 
-def _bury_the_dead(client: Any, experiment_id: str, parent: str, plan: Plan) -> None:
-    """Children that a power cut or SIGKILL ended are still marked as running; those that do run are left alone."""
-    alive = {
-        json.loads((c.folder / "mlflow_run.json").read_text())["run_id"]
-        for c in plan.children
-        if (c.folder / "mlflow_run.json").is_file() and living_holder(c.folder)
-    }
-    filter_string = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs([experiment_id], filter_string, max_results=1000):
-        if run.info.run_id not in alive:
-            client.set_terminated(run.info.run_id, "KILLED")
-
-
-def _close_parent(client: Any, parent: str, plan: Plan, outcomes: list[Outcome]) -> None:
-    failed = [o for o in outcomes if o.error]
-    client.log_metric(parent, "children_finished", len(outcomes) - len(failed))
-    client.log_metric(parent, "children_failed", len(failed))
-    client.log_artifact(parent, str(plan.out / RECORD))
-    for file in plan.datalists:
-        client.log_artifact(parent, str(file), "folds")
-    client.set_terminated(parent, "FAILED" if failed else "FINISHED")
+def _close_parent(client: Any, parent: str, plan: Plan, outcomes: list[Outcome] | None) -> None:
+    """Close the parent; it was killed if there are no outcomes. A lost store does not lose the summary."""
+    try:
+        if outcomes is not None:
+            failed = sum(o.error is not None for o in outcomes)
+            client.log_metric(parent, "children_finished", len(outcomes) - failed)
+            client.log_metric(parent, "children_failed", failed)
+            client.log_artifact(parent, str(plan.out / RECORD))
+            for file in plan.datalists:
+                client.log_artifact(parent, str(file), "folds")
+        client.set_terminated(parent, "KILLED" if outcomes is None else "FAILED" if failed else "FINISHED")
+    except Exception as error:  # store, database, network: no common type
+        log.warning("the MLflow run of the cross-validation could not be closed: %s", str(error).splitlines()[0][:300])
 
 
 def print_outcome(outcome: Outcome, number: int, total: int) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import shlex
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -18,7 +21,10 @@ from typing import Any
 
 ENGINES = ("local", "ray")
 
-__all__ = ["ENGINES", "Ended", "Job", "run_local", "run_ray"]
+#: What a job's log has in front of each attempt.
+ATTEMPT = "=== started"
+
+__all__ = ["ATTEMPT", "ENGINES", "Ended", "Job", "run_local", "run_ray"]
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,16 @@ class Job:
     Attributes:
         name: for messages.
         command: makes the words of the command when its turn comes.
-        log: file that takes its output.
+        log: file that its output is added to.
         cwd: folder to run in.
+        ready: whether it may start yet.
     """
 
     name: str
     command: Callable[[], list[str]]
     log: Path
     cwd: Path
+    ready: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def run_local(jobs: Sequence[Job], parallel: int = 1) -> Iterator[Ended]:
     Yields:
         Each job as it ends.
     """
-    running: set[subprocess.Popen[bytes]] = set()
+    running = _Running()
     slots: queue.Queue[dict[str, str]] = queue.Queue()
     for slot in _slots(parallel):
         slots.put(slot)
@@ -65,6 +73,9 @@ def run_local(jobs: Sequence[Job], parallel: int = 1) -> Iterator[Ended]:
     def one(index: int) -> Ended:
         environment = slots.get()
         try:
+            while not jobs[index].ready():
+                if running.ended.wait(1.0):
+                    return Ended(index, -signal.SIGTERM, 0.0)
             return _run(index, jobs[index].command(), jobs[index], environment, running)
         finally:
             slots.put(environment)
@@ -77,7 +88,7 @@ def run_local(jobs: Sequence[Job], parallel: int = 1) -> Iterator[Ended]:
             yield from (future.result() for future in done)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        _terminate(running)
+        running.end()
         pool.shutdown()
 
 
@@ -117,10 +128,16 @@ def run_ray(jobs: Sequence[Job], parallel: int | None = None, address: str | Non
         waiting: dict[Any, int] = {}
         while left or waiting:
             while left and (parallel is None or len(waiting) < parallel):
-                index = left.pop(0)
+                index = next((i for i in left if jobs[i].ready()), None)
+                if index is None:
+                    break
+                left.remove(index)
                 job = jobs[index]
                 environment = {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "MEDSEG_"))}
                 waiting[remote.remote(job.command(), str(job.log), str(job.cwd), environment)] = index
+            if not waiting:
+                time.sleep(1.0)
+                continue
             done, _ = ray.wait(list(waiting), timeout=1.0)
             for reference in done:
                 index = waiting.pop(reference)
@@ -136,46 +153,60 @@ def run_ray(jobs: Sequence[Job], parallel: int | None = None, address: str | Non
             ray.shutdown()
 
 
-def _run(
-    index: int, command: list[str], job: Job, environment: dict[str, str], running: set[subprocess.Popen[bytes]]
-) -> Ended:
+class _Running:
+    """The processes of an engine. Once it has ended none is started any more."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    def start(self, command: list[str], **arguments: Any) -> subprocess.Popen[bytes] | None:
+        with self._lock:
+            if self.ended.is_set():
+                return None
+            process = subprocess.Popen(command, **arguments)
+            self._processes.add(process)
+            return process
+
+    def end(self) -> None:
+        """End what still runs: first as a scheduler would, so that it records itself as killed and can be resumed."""
+        self.ended.set()
+        with self._lock:
+            processes = [p for p in self._processes if p.poll() is None]
+        for process in processes:
+            with contextlib.suppress(OSError):
+                process.terminate()
+        deadline = time.monotonic() + 60
+        for process in processes:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _run(index: int, command: list[str], job: Job, environment: dict[str, str], running: _Running) -> Ended:
     started = time.perf_counter()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
-        process = subprocess.Popen(
+        log.write(f"\n{ATTEMPT} {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(command)}\n".encode())
+        log.flush()
+        process = running.start(
             command, cwd=job.cwd, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,  # Ctrl-C reaches the engine alone, which then ends its children in order
         )  # fmt: skip
-        running.add(process)
-        try:
-            returncode = process.wait()
-        finally:
-            running.discard(process)
+        returncode = -signal.SIGTERM if process is None else process.wait()
     return Ended(index, returncode, time.perf_counter() - started)
 
 
 def _run_remotely(command: list[str], log: str, cwd: str, environment: dict[str, str]) -> tuple[int, float]:
     """On a Ray worker."""
-    running: set[subprocess.Popen[bytes]] = set()
+    running = _Running()
     try:
         ended = _run(0, command, Job("", lambda: command, Path(log), Path(cwd)), environment, running)
     finally:
-        _terminate(running)
+        running.end()
     return ended.returncode, ended.seconds
-
-
-def _terminate(running: set[subprocess.Popen[bytes]]) -> None:
-    """End what still runs: first as a scheduler would, so that it records itself as killed and can be resumed."""
-    processes = list(running)
-    for process in processes:
-        with contextlib.suppress(OSError):
-            process.terminate()
-    deadline = time.monotonic() + 60
-    for process in processes:
-        try:
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def _slots(parallel: int) -> list[dict[str, str]]:

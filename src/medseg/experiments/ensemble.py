@@ -26,8 +26,8 @@ def write_ensemble(runs: Sequence[Path], out: Path, activation: str = "sigmoid")
     Args:
         runs: run folders of one configuration, e.g. the folds of a cross-validation.
         out: folder to write; ``configs/inference.yaml`` and ``configs/evaluate.yaml`` there are used like those of a
-            run. What any of the runs has seen is never scored: the test part of its ``datalist.json`` is what they all
-            held out.
+            run. What any of the runs has seen is never scored: the ``held_out`` part of its ``datalist.json`` is what
+            they all held out.
         activation: ``sigmoid`` or ``softmax``, as the bundle's post-processing does it.
 
     Returns:
@@ -62,7 +62,7 @@ def write_ensemble(runs: Sequence[Path], out: Path, activation: str = "sigmoid")
             tags = {k: v for k, v in config["tags"].items() if k not in ("mlflow.parentRunId", "repeat")}
             configuration = f"{tags.get('configuration', config['run_name'])}-ensemble"
             config["tags"] = tags | {"fold": "all", "configuration": configuration, "members": len(runs)}
-            config |= {"datalist": str(out / "datalist.json"), "run_name": configuration, "part": "test"}
+            config |= {"datalist": str(out / "datalist.json"), "run_name": configuration, "part": "held_out"}
         write_config(out / "configs" / f"{name}.yaml", config)
     for name in ("metadata.json", "logging.conf"):
         if (folders[0] / "configs" / name).is_file():
@@ -104,4 +104,4 @@ def _datalist(folders: Sequence[Path]) -> dict[str, list[Item]]:
                 absolute = {k: str((root / item[k]).resolve()) for k in ("image", "label")}
                 target = held_out if section == "held_out" else seen
                 target[absolute["image"]] = {**item, **absolute, **({} if section == "held_out" else {"fold": 0})}
-    return {"training": list(seen.values()), "test": [i for k, i in held_out.items() if k not in seen]}
+    return {"training": list(seen.values()), "held_out": [i for k, i in held_out.items() if k not in seen]}

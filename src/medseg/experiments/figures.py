@@ -31,7 +31,8 @@ def svg(figure: Figure) -> bytes:
 def box_figure(comparison: Comparison, metric: str) -> Figure:
     """Every case of every configuration, with quartiles and the mean's interval."""
     wide = comparison.values[metric]
-    figure, axes = _rows(len(wide.columns))
+    intervals = comparison.table[comparison.table["metric"] == metric].set_index("configuration")
+    figure, axes = _rows(list(wide.columns))
     for y, configuration in enumerate(wide.columns):
         values = wide[configuration].dropna().to_numpy(float)
         if not len(values):
@@ -41,12 +42,12 @@ def box_figure(comparison: Comparison, metric: str) -> Figure:
             medianprops={"color": "black"},
         )  # fmt: skip
         axes.scatter(values, y + _jitter(len(values)), s=9, alpha=0.5, linewidths=0, rasterized=True)
-        low, high = bootstrap_ci(values)
+        low, high = intervals.loc[configuration, ["ci_low", "ci_high"]]
         axes.errorbar(
             values.mean(), y, xerr=[[max(0, values.mean() - low)], [max(0, high - values.mean())]], fmt="D",
             color="crimson", markersize=4, capsize=3, zorder=5,
         )  # fmt: skip
-    _label(axes, list(wide.columns), metric)
+    axes.set_xlabel(metric)
     axes.set_title("box: quartiles; red: mean and its 95 % interval; dots: cases", fontsize="small")
     return figure
 
@@ -57,7 +58,7 @@ def difference_figure(comparison: Comparison, metric: str) -> Figure | None:
     others = [c for c in wide.columns if c != comparison.baseline]
     if not others:
         return None
-    figure, axes = _rows(len(others))
+    figure, axes = _rows(others)
     better = comparison.runs.modes[metric] == "max"
     for y, configuration in enumerate(others):
         difference = (wide[configuration] - wide[comparison.baseline]).dropna().to_numpy(float)
@@ -73,7 +74,7 @@ def difference_figure(comparison: Comparison, metric: str) -> Figure | None:
             capsize=3, zorder=5,
         )  # fmt: skip
     axes.axvline(0, color="0.4", linewidth=0.8)
-    _label(axes, others, f"{metric}: difference to {comparison.baseline}")
+    axes.set_xlabel(f"{metric}: difference to {comparison.baseline}")
     axes.set_title("green: better than the baseline on that case; black: mean and its 95 % interval", fontsize="small")
     return figure
 
@@ -111,16 +112,16 @@ def reliability(comparison: Comparison) -> Figure | None:
     return reliability_figure(curves) if curves else None
 
 
-def _rows(count: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(WIDTH, 1.1 + 0.5 * count), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _label(axes: Any, names: Sequence[str], quantity: str) -> None:
+def _rows(names: Sequence[str]) -> tuple[Figure, Any]:
+    """A panel with one row per configuration. Fixed margins: matplotlib's own layout takes longer than the drawing."""
+    height = 1.1 + 0.5 * len(names)
+    left = min(0.3 + 0.075 * max(map(len, names)), WIDTH / 2)
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((left / WIDTH, 0.55 / height, 1 - (left + 0.2) / WIDTH, 1 - 0.9 / height))
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(quantity)
     axes.grid(axis="x", alpha=0.3)
+    return figure, axes
 
 
 def _jitter(count: int) -> npt.NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -13,13 +14,18 @@ from typing import Any
 import yaml
 
 from medseg.bundles.catalog import Bundle
+from medseg.bundles.macros import resolve_macros
 from medseg.experiments.folds import assign_folds, fold_datalist
 from medseg.io.datalist import Item, load_datalist
+from medseg.tracking.store import without_credentials
 
 #: Keys that a cross-validation gives every child itself.
 RESERVED = {
     "fold", "mode", "network_name", "output_dir", "part", "resume", "run_name", "score", "seed", "tags",
 }  # fmt: skip
+
+#: Keys that are the same for all children.
+SHARED = {"dataset_dir", "datalist", "experiment_name", "tracking_uri"}
 
 #: ``--set [NETWORK or MODE:]key=value``; a nested key has ``::`` in it.
 SETTING = re.compile(r"(?:(?P<scope>[\w.-]+):(?!:))?(?P<key>[\w.]+(?:::[\w.]+)*)=(?P<value>.*)", re.DOTALL)
@@ -97,6 +103,7 @@ class Plan:
         root: the checkout that bundles are run from.
         out: folder of the cross-validation.
         experiment: MLflow experiment.
+        tracking_uri: MLflow store, where the configs or ``--set`` name one.
         children: in the order in which they start.
         datalists: content of the data list of each (repeat, fold), by its file.
         identity: what must be the same when it is taken up again.
@@ -106,6 +113,7 @@ class Plan:
     root: Path
     out: Path
     experiment: str
+    tracking_uri: str | None
     children: tuple[Child, ...]
     datalists: Mapping[Path, Mapping[str, Any]]
     identity: Mapping[str, Any]
@@ -122,6 +130,8 @@ def parse_setting(text: str) -> Setting:
         raise ValueError(f"--set {text!r} is no key=value; for example --set max_epochs=50")
     if found["key"].split("::")[0] in RESERVED:
         raise ValueError(f"--set {text}: {found['key']} is set for every child by the cross-validation itself")
+    if found["scope"] and found["key"] in SHARED:
+        raise ValueError(f"--set {text}: all children have one {found['key']}; leave {found['scope']}: away")
     return Setting(found["key"], found["value"], found["scope"])
 
 
@@ -197,11 +207,14 @@ def make_plan(
         "seed": seed,
         "stratify": stratify,
         "held_out": held_out,
-        "set": [str(s) for s in settings],
+        "set": [without_credentials(str(s)) for s in settings],
         "overlays": list(overlays),
         "dataset_dir": str(dataset_dir),
+        "recipe": _digest(config, root),
     }
-    return Plan(bundle.name, root, out, experiment, children, datalists, identity)
+    given = str(config.get("tracking_uri", "$"))
+    uri = None if given.startswith(("$", "@")) else given
+    return Plan(bundle.name, root, out, experiment, uri, children, datalists, identity)
 
 
 def _configs(bundle: Bundle) -> str:
@@ -287,6 +300,12 @@ def _merged(root: Path, files: Sequence[str], settings: Sequence[Setting]) -> di
             raise FileNotFoundError(f"no config {root / file}")
         config |= yaml.safe_load((root / file).read_text(encoding="utf-8")) or {}
     return config | {s.key: s.value for s in settings if s.scope is None}
+
+
+def _digest(config: Mapping[str, Any], root: Path) -> str:
+    """What is trained, from the text of the configs with their macros: an edited config is another recipe."""
+    text = json.dumps(resolve_macros(dict(config), root), sort_keys=True, default=str)
+    return hashlib.sha256(without_credentials(text).encode()).hexdigest()[:16]
 
 
 def _data_paths(config: Mapping[str, Any], root: Path) -> tuple[Path, Path]:

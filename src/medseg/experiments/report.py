@@ -25,7 +25,7 @@ DERIVED = ("recorder.", "train.handlers.", "train.trainer.", "validate.evaluator
 WORST, SIDE = 4, 420
 
 #: Runs per configuration whose learning curves are drawn.
-MAX_CURVES = 10
+MAX_CURVES = 6
 
 __all__ = ["html_report", "write_comparison"]
 

@@ -84,8 +84,7 @@ class Runs:
         part: the part of the data list that was scored.
         finished: runs with results, by start time.
         failed: runs that ended without results and have not been repeated since.
-        running: how many runs have not ended.
-        superseded: how many finished runs were left out because a newer one has the same configuration and split.
+        notes: which runs were left out, and why.
         metrics: metric names in the bundle's order.
         modes: ``max`` or ``min`` by metric: which direction is better.
         client: MLflow's client of the store.
@@ -96,8 +95,7 @@ class Runs:
     part: str
     finished: list[RunRecord]
     failed: list[RunRecord]
-    running: int
-    superseded: int
+    notes: list[str]
     metrics: list[str]
     modes: dict[str, str]
     client: Any
@@ -113,7 +111,9 @@ class Runs:
         for record in self.finished:
             repeat, fold = record.split
             frames.append(record.cases.assign(configuration=record.configuration, repeat=repeat, fold=fold))
-        return pd.concat(frames, ignore_index=True)
+        cases = pd.concat(frames, ignore_index=True)
+        fields = cases.columns.difference(self.metrics)
+        return cases.assign(**{f: cases[f].fillna("") for f in fields if cases[f].isna().any()})
 
 
 def read_runs(
@@ -151,6 +151,7 @@ def read_runs(
             raise ValueError(
                 f"no experiment {experiment!r} in {without_credentials(address)}; there are: {names}"
             ) from None
+    known_name = str(known.name)
     runs = _search(client, known.experiment_id, filter_string)
     by_id = {r.info.run_id: r for r in runs}
     runs = [r for r in runs if r.data.tags.get("kind") in ("train", "evaluate")]
@@ -160,27 +161,37 @@ def read_runs(
             f"experiment {known.name} has no finished run with scores of the {part} part ({len(runs)} runs); "
             f"`medseg crossval` makes some, or run RUN/configs/evaluate.yaml"
         )
-    labels = _configurations(scored)
+    labels = _configurations(runs)
+    families = {labels[r.info.run_id]: _crossval(r) for r in scored}  # by start time: the newest one stays
+    kept = [r for r in scored if _crossval(r) == families[labels[r.info.run_id]]]
     latest: dict[tuple[str, tuple[str, str]], RunRecord] = {}
-    for run in scored:
+    for run in kept:
         record = RunRecord(_with_training(run, by_id), labels[run.info.run_id])
         latest[record.configuration, record.split] = record
     finished = sorted(latest.values(), key=lambda r: (r.run.info.start_time, r.run_id))
-    metrics = _metric_names(finished[0].run, part)
-    _read_cases(finished, client, part, metrics)
-    done = {(r.configuration.split(" ")[0], r.split) for r in finished}
-    failed = []
+    metrics, lacking = _metric_names(finished, part)
+    _read_cases(finished, client, part, metrics, lacking)
+    failed: list[RunRecord] = []
     for run in runs:
-        record = RunRecord(run, _base_name(run))
-        if run.info.status in ("FAILED", "KILLED") and (record.configuration, record.split) not in done:
+        record = RunRecord(run, labels[run.info.run_id])
+        stale = record.configuration in families and _crossval(run) != families[record.configuration]
+        known = {(r.configuration, r.split) for r in failed} | set(latest)
+        if run.info.status in ("FAILED", "KILLED") and (record.configuration, record.split) not in known and not stale:
             failed.append(record)
-            done.add((record.configuration, record.split))
+    notes = []
+    if len(scored) > len(kept):
+        notes.append(
+            f"{len(scored) - len(kept)} runs of earlier cross-validations of the same configurations are left out; "
+            "choose others with --filter."
+        )
+    if len(kept) > len(finished):
+        notes.append(f"{len(kept) - len(finished)} older runs of the same configuration and fold are left out.")
+    if running := sum(r.info.status == "RUNNING" for r in runs):
+        notes.append(f"{running} runs have not ended yet.")
+    if lacking:
+        notes.append(f"Not all runs have {', '.join(lacking)}: left out.")
     modes = {m: finished[0].run.data.params.get(f"validate.metric_modes.{m}", "max") for m in metrics}
-    return Runs(
-        known.name, without_credentials(address), part, finished, failed,
-        sum(r.info.status == "RUNNING" for r in runs), len(scored) - len(finished), metrics, modes,
-        client,
-    )  # fmt: skip
+    return Runs(known_name, without_credentials(address), part, finished, failed, notes, metrics, modes, client)
 
 
 def _search(client: Any, experiment_id: str, filter_string: str) -> list[Any]:
@@ -216,23 +227,25 @@ def _configurations(runs: Sequence[Any]) -> dict[str, str]:
         settings: dict[str, dict[str, str]] = {}
         for run in group:
             own = {k: v for k, v in run.data.params.items() if _distinguishes(k)}
-            settings.setdefault(_family(run), own)
+            settings.setdefault(_crossval(run) or run.info.run_id, own)
         keys = sorted({k for own in settings.values() for k in own})
-        differing = [k for k in keys if len({own.get(k) for own in settings.values()}) > 1]
+        # A run that failed early has recorded no settings: what it lacks does not differ.
+        differing = [k for k in keys if len({own[k] for own in settings.values() if k in own}) > 1]
         for run in group:
-            own = settings[_family(run)]
+            own = settings[_crossval(run) or run.info.run_id]
             names[run.info.run_id] = " ".join([name, *(f"{k}={own[k]}" for k in differing if k in own)])
     return names
 
 
-def _family(run: Any) -> str:
-    return str(run.data.tags.get("mlflow.parentRunId") or run.info.run_id)
+def _crossval(run: Any) -> str:
+    """The cross-validation that a run is a child of, or nothing."""
+    return str(run.data.tags.get("mlflow.parentRunId", ""))
 
 
 def _distinguishes(key: str) -> bool:
     if not TOP_LEVEL.fullmatch(key) or key.split(".")[0] in PER_RUN:
         return False
-    return key not in ("parameters", "trainable_parameters", "bundle_root")
+    return key.split(".")[0] not in ("parameters", "trainable_parameters", "run", "initialize", "finalize", "imports")
 
 
 def _with_training(run: Any, by_id: Mapping[str, Any]) -> Any:
@@ -243,21 +256,32 @@ def _with_training(run: Any, by_id: Mapping[str, Any]) -> Any:
     return run
 
 
-def _metric_names(run: Any, part: str) -> list[str]:
-    """Metrics have a mean and a standard deviation; their order is the config's."""
-    found = [k[len(part) + 1 : -3] for k in run.data.metrics if k.startswith(f"{part}_") and k.endswith("_sd")]
-    order = [k.rpartition(".")[2] for k in run.data.params if k.startswith("validate.metric_modes.")]
-    return sorted(found, key=lambda m: (order.index(m) if m in order else len(order), m))
+def _metric_names(records: Sequence[RunRecord], part: str) -> tuple[list[str], list[str]]:
+    """Metrics that all runs have, in the config's order, and those that only some have."""
+    found = []
+    for record in records:  # each has a mean and a standard deviation
+        names = [
+            k[len(part) + 1 : -3] for k in record.run.data.metrics if k.startswith(f"{part}_") and k.endswith("_sd")
+        ]
+        found.append(set(names))
+    common, every = set.intersection(*found), set.union(*found)
+    if not common:
+        raise ValueError(f"the runs have no metric in common: {', '.join(sorted(every))}; choose runs with --filter")
+    order = [k.rpartition(".")[2] for k in records[0].run.data.params if k.startswith("validate.metric_modes.")]
+    ranked = sorted(common, key=lambda m: (order.index(m) if m in order else len(order), m))
+    return ranked, sorted(every - common)
 
 
-def _read_cases(records: Sequence[RunRecord], client: Any, part: str, metrics: Sequence[str]) -> None:
+def _read_cases(
+    records: Sequence[RunRecord], client: Any, part: str, metrics: Sequence[str], left_out: Sequence[str]
+) -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each of many small files
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(8) as pool:
 
         def read(record: RunRecord) -> None:
             fetch = _fetcher(record.run, client, Path(scratch))
             try:
-                table = pd.read_csv(io.BytesIO(fetch(f"{part}/per_image.csv")), keep_default_na=False)
+                table = pd.read_csv(io.BytesIO(fetch(f"{part}/per_image.csv")), dtype=str, keep_default_na=False)
                 summary = json.loads(fetch(f"{part}/metrics.json"))
             except (OSError, ValueError) as error:
                 raise ValueError(
@@ -266,10 +290,12 @@ def _read_cases(records: Sequence[RunRecord], client: Any, part: str, metrics: S
             for metric in metrics:
                 table[metric] = pd.to_numeric(table[metric], errors="coerce")
             for column in ("empty_prediction", "empty_truth"):
-                table[column] = table[column].astype(str) == "True"
+                table[column] = table[column] == "True"
+            # Path from the data's folder: the same case has the same name on every machine.
             dataset_dir = record.run.data.params.get("dataset_dir", "")
-            table["case"] = [_relative(str(path), dataset_dir) for path in table["image"]]
-            record.cases = table
+            prefix = f"{Path(dataset_dir).resolve()}/" if dataset_dir else ""
+            table["case"] = [path.removeprefix(prefix) for path in table["image"]]
+            record.cases = table.drop(columns=list(left_out), errors="ignore")
             if summary.get("calibration"):
                 record.calibration = np.array([summary["calibration"][k] for k in ("count", "probability", "true")])
 
@@ -301,9 +327,3 @@ def _fetcher(run: Any, client: Any, scratch: Path) -> Callable[[str], bytes]:
             raise OSError(str(error)) from error
 
     return fetch
-
-
-def _relative(path: str, dataset_dir: str) -> str:
-    """Path from the data's folder: the same case has the same name on every machine."""
-    folder = str(Path(dataset_dir).resolve()) if dataset_dir else ""
-    return path[len(folder) + 1 :] if folder and path.startswith(f"{folder}/") else path

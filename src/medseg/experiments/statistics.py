@@ -60,8 +60,8 @@ def bootstrap_ci(
 def paired_wilcoxon(a: Sequence[float] | npt.NDArray[Any], b: Sequence[float] | npt.NDArray[Any]) -> float:
     """Two-sided p-value of the Wilcoxon signed-rank test that paired values do not differ.
 
-    Pairs with a ``nan`` are left out, and so are pairs without a difference (Wilcoxon's own treatment of zeros). The
-    distribution is exact for up to 50 differences without ties, else normal with a correction for ties.
+    Pairs with a ``nan`` are left out, and so are pairs without a difference (Wilcoxon's own treatment of zeros).
+    Whether the distribution is exact or approximate is scipy's choice, by the number of differences and their ties.
 
     Args:
         a: one value per case.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -250,6 +250,8 @@ def _side(section: str, item: Item, with_folds: bool) -> str:
 def _group_problems(lists: Mapping[str, list[Item]], with_folds: bool) -> list[str]:
     """Leaks between the sides of a split: one file, or one patient or video, in two folds or in fold and test."""
     seen: dict[tuple[str, str], str] = {}
+    listed = Counter(str(item["image"]) for items in lists.values() for item in items)
+    twice = {image for image, count in listed.items() if count > 1}
     problems: dict[tuple[str, str], str] = {}
     for section, items in lists.items():
         for item in items:
@@ -261,6 +263,8 @@ def _group_problems(lists: Mapping[str, list[Item]], with_folds: bool) -> list[s
                 other = seen.setdefault(key, side)
                 if other != side:
                     problems[key] = f"{field} {item[field]} is in {other} and in {side}; keep it on one side"
+                elif field == "image" and not with_folds and str(item[field]) in twice:
+                    problems[key] = f"image {item[field]} is listed twice; keep one"
     return list(problems.values())
 
 
@@ -296,13 +300,14 @@ def _sha256(path: Path) -> str:
 
 
 def _level_fields(lists: Mapping[str, list[Item]]) -> None:
-    """Give every item the same fields, as text or numbers: a batch is put together field by field."""
+    """Give every item the same fields, all text or all numbers: a batch is put together field by field."""
     items = [item for part in lists.values() for item in part]
-    fields = dict.fromkeys(k for item in items for k in item if k != "fold")
-    for item in items:
-        for field in fields:
-            value = item.get(field)
-            item[field] = value if isinstance(value, (str, int, float)) else "" if value is None else json.dumps(value)
+    for field in dict.fromkeys(k for item in items for k in item if k != "fold"):
+        values = [item.get(field) for item in items]
+        if all(isinstance(v, (int, float)) for v in values):
+            continue
+        for item, value in zip(items, values, strict=True):
+            item[field] = value if isinstance(value, str) else "" if value is None else json.dumps(value)
 
 
 def _check_items(lists: Mapping[str, list[Item]], check_item: Callable[[Item], str | None]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -221,7 +222,7 @@ class MLflowRecorder(pl.Callback):
         items = [item for part in datalist.values() for item in part]
         data = fingerprint(items)
         sizes = {f"{part}_items": len(of) for part, of in datalist.items()}
-        tags = {"datalist.sha256": data["sha256"], "datalist.bytes": data["bytes"], **sizes, **_kinds(items)}
+        tags = {"datalist.sha256": data["sha256"], "datalist.bytes": data["bytes"], **_kinds(items), **sizes}
         client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
         source = json.dumps({"first_image": items[0]["image"]})
         entity = Dataset("datalist", data["sha256"][:32], "local", source, profile=json.dumps({**data, **sizes}))
@@ -249,7 +250,12 @@ def _kinds(items: list[dict[str, Any]]) -> dict[str, str]:
     ignored = {"image", "label", "fold", "part", *GROUP_FIELDS}
     fields = dict.fromkeys(k for item in items for k in item if k not in ignored)
     values = {field: sorted({str(item.get(field, "")) for item in items} - {""}) for field in fields}
-    return {f"data.{field}": ", ".join(kinds) for field, kinds in values.items() if 1 <= len(kinds) <= MAX_KINDS}
+    # MLflow refuses a whole batch for one key that it does not like, e.g. "age (years)".
+    return {
+        "data." + re.sub(r"[^\w./ -]", "_", field): ", ".join(kinds)[:MAX_VALUE]
+        for field, kinds in values.items()
+        if 1 <= len(kinds) <= MAX_KINDS
+    }
 
 
 def _log_table(client: Any, run_id: str, rows: list[dict[str, Any]], tables: list[str]) -> None:

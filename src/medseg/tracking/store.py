@@ -96,8 +96,16 @@ def make_experiment(client: Any, uri: str, name: str) -> str:
         client: an ``MlflowClient``.
         uri: its tracking URI.
         name: experiment name.
+
+    Raises:
+        ValueError: if the experiment was deleted.
     """
     known = client.get_experiment_by_name(name)
+    if known and known.lifecycle_stage != "active":
+        raise ValueError(
+            f"the MLflow experiment {name} was deleted; restore it (mlflow experiments restore --experiment-id "
+            f"{known.experiment_id}) or choose another experiment_name"
+        )
     if known:
         return str(known.experiment_id)
     # MLflow's default would put the artifacts of a local store into the folder of whoever came first.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,15 +175,28 @@ def read_status(folder: Path) -> str | None:
     return str(json.loads(file.read_text(encoding="utf-8"))["status"]) if file.is_file() else None
 
 
-def living_holder(folder: Path) -> int | None:
-    """The process that is writing into a run's folder, or ``None`` if there is none (any more)."""
+def living_holder(folder: Path) -> str | None:
+    """The process that is writing into a run's folder, or ``None`` if there is none (any more).
+
+    A number alone would not do: it may belong to another process by now, or to another machine of a shared folder, of
+    which nothing is known from here.
+    """
     import psutil
 
     try:
-        holder = (folder / LOCK).read_text().strip()
+        words = (folder / LOCK).read_text().split()
     except FileNotFoundError:
         return None
-    return int(holder) if holder.isdigit() and psutil.pid_exists(int(holder)) else None
+    if len(words) != 3:
+        return None
+    number, started, host = words
+    if host != platform.node():
+        return f"process {number} on {host}"
+    try:
+        alive = abs(psutil.Process(int(number)).create_time() - float(started)) < 1
+    except psutil.NoSuchProcess:
+        return None
+    return f"process {number}" if alive else None
 
 
 @contextmanager
@@ -195,6 +209,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         FileExistsError: if a living process holds it. A lock that a dead one left behind is taken over.
     """
+    import psutil
+
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
     holder = living_holder(folder)
@@ -202,11 +218,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock.unlink(missing_ok=True)
     try:
         with lock.open("x") as file:
-            file.write(str(os.getpid()))
+            file.write(f"{os.getpid()} {psutil.Process().create_time()} {platform.node()}")
     except FileExistsError as error:
         raise FileExistsError(
-            f"{folder} is in use by process {holder or '(just starting)'}; give every run an --output_dir of its own "
-            f"(if no such run exists, delete {lock})"
+            f"{folder} is in use by {holder or 'a process that is just starting'}; give every run an --output_dir of "
+            f"its own (if no such run exists, delete {lock})"
         ) from error
     try:
         yield

@@ -172,7 +172,8 @@ class Evaluator(pl.Trainer):
         """
         if self._parser is not None and self.is_global_zero:
             write_config(self._folder / "configs" / "evaluate.yaml", merged_config(self._parser))
-        with ended_by_signals(), _recorded(self, self._folder):
+        lock = run_lock(self._folder) if self.is_global_zero else nullcontext()
+        with lock, ended_by_signals(), _recorded(self, self._folder):
             return _score_parts(self, self._module, self._loader, self._folder, self._read_image)
 
 

@@ -138,11 +138,15 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
     for trained, tested, part in [(s, s, "test") for s in TRAINED] + [(s, UNSEEN, "held_out") for s in TRAINED]:
         found: dict[tuple[str, str], dict[str, Any]] = {}
         try:
-            runs = read_runs(_experiment(trained, out).value, part=part, root=repository_root())
-            comparison = compare(runs, METRICS, baseline="unet-end_to_end", common=True)
+            chosen = _own_runs(out / trained)
+            runs = read_runs(_experiment(trained, out).value, part=part, filter_string=chosen, root=repository_root())
+            baseline = "unet-end_to_end" if "unet-end_to_end" in runs.configurations else None
+            comparison = compare(runs, METRICS, baseline, common=True)
         except ValueError as error:  # everything of that style failed
             print(f"trained on {trained}, tested on {tested}: {error}")
         else:
+            for note in comparison.notes:
+                print(f"trained on {trained}, tested on {tested}: {note}")
             write_comparison(comparison, out / "comparison" / f"{trained}-{tested}")
             found = {(r["configuration"], r["metric"]): r for r in comparison.table.to_dict("records")}
         for configuration, published in PUBLISHED[tested].items():
@@ -152,6 +156,13 @@ def _rows(out: Path) -> Iterator[dict[str, Any]]:
                     "trained_on": trained, "tested_on": tested, "configuration": configuration, "metric": metric,
                     **{k: row.get(k, "") for k in ("n", "mean", "sd")}, "paper": "" if value is None else value,
                 }  # fmt: skip
+
+
+def _own_runs(out: Path) -> str:
+    """Filter for the runs of one cross-validation: an earlier one of the same name may be in the store."""
+    record = out / "crossval.json"
+    parent = json.loads(record.read_text(encoding="utf-8"))["parent_run_id"] if record.is_file() else None
+    return f"tags.`mlflow.parentRunId` = '{parent}'" if parent else ""
 
 
 def _write_table(out: Path, count: int, folds: int, full: bool) -> str:
@@ -191,5 +202,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 
 def _cells(row: dict[str, Any]) -> tuple[str, str]:
     scale, digits = (1, 1) if row["metric"] == "hausdorff_distance" else (100, 2)
-    measured = f"{row['mean'] * scale:.{digits}f} ({row['sd'] * scale:.{digits}f})" if row["n"] else "failed"
+    measured = "failed"
+    if row["n"] != "":  # without a defined value (HD of empty predictions) the mean is nan
+        measured = f"{row['mean'] * scale:.{digits}f} ({row['sd'] * scale:.{digits}f})".replace("nan", "–")
     return measured, f"*{row['paper']:.2f}*" if row["paper"] != "" else "–"
