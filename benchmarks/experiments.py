@@ -57,9 +57,9 @@ def crossval_overhead(folder: Path, repeats: int) -> None:
         medseg(*line, store=store)
         crossed = time.perf_counter() - started
         started = time.perf_counter()
-        for command in commands:  # the same folds, into the same store, elsewhere
+        for command in commands:  # the same folds, elsewhere, into a store that is made on the way as well
             words = shlex.split(command.replace(f"{out}/unet", f"{out}/plain"))
-            environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
+            environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / f'plain{repeat}.db'}"}
             subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, check=True, capture_output=True)
         plain = time.perf_counter() - started
         print(f"crossval of {children} children {crossed:.1f} s, the plain commands {plain:.1f} s", flush=True)
