@@ -52,7 +52,6 @@ def html_report(comparison: Comparison) -> str:
         figures=[(caption, _image(svg(figure), "svg+xml")) for caption, figure in _figures(comparison)],
         gallery=list(_gallery(comparison)),
         gallery_metric=comparison.metrics[0],
-        configurations=runs.configurations,
         differences=list(_differences(comparison)),
         environment=list(_environment(comparison)),
     )  # fmt: skip
@@ -152,8 +151,11 @@ def _image(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _differences(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
-    """Settings that are not the same in all configurations. What differs within one is its folds', not its own."""
+def _differences(comparison: Comparison) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Settings that are not the same in all configurations, each with its values and who has them.
+
+    What differs within a configuration is its folds', not its own.
+    """
     by_configuration: dict[str, list[dict[str, str]]] = {}
     for record in comparison.runs.finished:
         folder = record.run.data.params.get("output_dir") or "\0"
@@ -167,7 +169,14 @@ def _differences(comparison: Comparison) -> Iterator[tuple[str, list[str]]]:
             continue  # not resolved in some run: what it refers to is listed itself
         values = [sorted({s.get(key, "–") for s in group}) for group in by_configuration.values()]
         if len({tuple(v) for v in values}) > 1 and all(len(v) <= 3 for v in values):
-            yield key, [", ".join(v) for v in values]
+            owners: dict[str, list[str]] = {}
+            for configuration, own in zip(by_configuration, values, strict=True):
+                owners.setdefault(", ".join(own), []).append(configuration)
+            most = max(owners, key=lambda value: len(owners[value]))
+            yield (
+                key,
+                [(v, "all others" if v == most and len(n) > 2 else ", ".join(n)) for v, n in owners.items()],
+            )
 
 
 def _environment(comparison: Comparison) -> Iterator[tuple[str, str]]:
