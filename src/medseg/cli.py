@@ -27,6 +27,16 @@ app = typer.Typer(
 )
 
 Task = Annotated[str, typer.Argument(help="Task name, as `medseg list` shows it.")]
+Jobs = Annotated[int | None, typer.Option(help="Trainings at a time; 1 by default.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="[WHICH:]KEY=VALUE",
+        help="Argument of the bundle, e.g. dataset_dir=my_data or "
+        "max_epochs=50; for one network or mode only: transfer:encoder_weights=weights/{network}.pt",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -112,19 +122,11 @@ def crossval(
     modes: Annotated[str, typer.Option(help="Training modes, with commas; the first one by default.")] = "",
     repeats: Annotated[int, typer.Option(help="Deal and cross-validate so many times.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the dealing and of the training; plus 1 for each repeat.")] = 0,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="[WHICH:]KEY=VALUE",
-            help="Argument of the bundle, e.g. dataset_dir=my_data or "
-            "max_epochs=50; for one network or mode only: transfer:encoder_weights=weights/{network}.pt",
-        ),
-    ] = None,
+    settings: Settings = None,
     config: Annotated[list[str] | None, typer.Option(help="Config laid over the bundle's train.yaml.")] = None,
     stratify: Annotated[str | None, typer.Option(help="Field of the data list to keep even over the folds.")] = None,
     held_out: Annotated[bool, typer.Option("--held-out", help="Score the list's own test part as well.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Children at a time; 1 by default.")] = None,
+    jobs: Jobs = None,
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     address: Annotated[str | None, typer.Option(help="Address of the Ray cluster, e.g. auto.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; runs/TASK/crossval by default.")] = None,
@@ -146,7 +148,7 @@ def crossval(
     if dry_run:
         print("\n".join(shlex.join(["python", *child.command("PARENT_RUN_ID")[1:]]) for child in plan.children))
         return
-    if run.tell(run.cross_validate(plan, engine, jobs, address, run.print_outcome), plan):
+    if run.print_summary(run.cross_validate(plan, engine, jobs, address, run.print_outcome), plan):
         raise typer.Exit(1)
 
 
@@ -213,10 +215,8 @@ def paper(
     folds: Annotated[int, typer.Option(help="Folds of each cross-validation.")] = 5,
     count: Annotated[int, typer.Option(help="Simulated images per style.")] = 60,
     seed: Annotated[int, typer.Option(help="Seed of images, folds and training.")] = 0,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="[WHICH:]KEY=VALUE", help="As of `medseg crossval`.")
-    ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Trainings at a time; 1 by default.")] = None,
+    settings: Settings = None,
+    jobs: Jobs = None,
     full: Annotated[
         bool, typer.Option("--full", help="Full-size images and the bundle's own recipe, for a GPU.")
     ] = False,

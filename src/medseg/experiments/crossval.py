@@ -23,6 +23,7 @@ from medseg.tracking.store import (
     absolute_uri,
     connect,
     continue_run,
+    find_runs,
     make_experiment,
     tracking_uri,
     without_credentials,
@@ -33,7 +34,7 @@ RECORD, LOG = "crossval.json", "output.log"
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Outcome", "Report", "cross_validate", "finished", "print_outcome", "tell"]
+__all__ = ["Outcome", "Report", "cross_validate", "finished", "print_outcome", "print_summary"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _run_all(
         Job(c.name, _command(c, parent, c in unrecorded), c.folder / LOG, plan.root, _no_orphan(c)) for c in missing
     ]
     ending = run_local(queue, jobs or 1) if engine == "local" else run_ray(queue, jobs, address)
-    with contextlib.closing(ending) as endings:  # type: ignore[type-var]
+    with contextlib.closing(ending) as endings:
         for ended in endings:
             outcome = _outcome(missing[ended.index], ended)
             outcomes[outcome.child] = outcome
@@ -245,19 +246,11 @@ def _bury_the_dead(client: Any, experiment_id: str, parent: str, plan: Plan) -> 
         Ids of the children that finished.
     """
     alive = {_run_id(c) for c in plan.children if living_holder(c.folder)}
-    done, token = set(), None
-    while True:
-        page = client.search_runs(
-            [experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=1000, page_token=token
-        )
-        for run in page:
-            if run.info.status == "FINISHED":
-                done.add(str(run.info.run_id))
-            elif run.info.status == "RUNNING" and run.info.run_id not in alive:
-                client.set_terminated(run.info.run_id, "KILLED")
-        token = page.token
-        if not token:
-            return done
+    children = find_runs(client, experiment_id, f"tags.`mlflow.parentRunId` = '{parent}'")
+    for run in children:
+        if run.info.status == "RUNNING" and run.info.run_id not in alive:
+            client.set_terminated(run.info.run_id, "KILLED")
+    return {str(run.info.run_id) for run in children if run.info.status == "FINISHED"}
 
 
 def _close_parent(client: Any, parent: str, plan: Plan, outcomes: list[Outcome] | None) -> None:
@@ -283,7 +276,7 @@ def print_outcome(outcome: Outcome, number: int, total: int) -> None:
     print(f"[{number}/{total}] {outcome.child.name}: {state}{seconds}{score}", flush=True)
 
 
-def tell(outcomes: list[Outcome], plan: Plan) -> int:
+def print_summary(outcomes: list[Outcome], plan: Plan) -> int:
     """Say what failed and why, and what to do next.
 
     Args:

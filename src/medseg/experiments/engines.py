@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ class Ended:
     seconds: float
 
 
-def run_local(jobs: Sequence[Job], parallel: int = 1) -> Iterator[Ended]:
+def run_local(jobs: Sequence[Job], parallel: int = 1) -> Generator[Ended, None, None]:
     """Run jobs on this machine.
 
     Args:
@@ -92,7 +92,9 @@ def run_local(jobs: Sequence[Job], parallel: int = 1) -> Iterator[Ended]:
         pool.shutdown()
 
 
-def run_ray(jobs: Sequence[Job], parallel: int | None = None, address: str | None = None) -> Iterator[Ended]:
+def run_ray(
+    jobs: Sequence[Job], parallel: int | None = None, address: str | None = None
+) -> Generator[Ended, None, None]:
     """Run jobs on a Ray cluster, one GPU each where there are GPUs.
 
     The checkout, the data, the output folder and the MLflow store must be reachable under the same names from every

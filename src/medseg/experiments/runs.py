@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from medseg.progress import track
-from medseg.tracking.store import absolute_uri, connect, local_path, tracking_uri, without_credentials
+from medseg.tracking.store import absolute_uri, connect, find_runs, local_path, tracking_uri, without_credentials
 from medseg.training.run_folder import MAY_CHANGE
 
 #: Columns of ``per_image.csv`` that are neither metrics nor fields of the data list.
@@ -152,7 +152,7 @@ def read_runs(
                 f"no experiment {experiment!r} in {without_credentials(address)}; there are: {names}"
             ) from None
     known_name = str(known.name)
-    runs = _search(client, known.experiment_id, filter_string)
+    runs = find_runs(client, known.experiment_id, filter_string)
     by_id = {r.info.run_id: r for r in runs}
     runs = [r for r in runs if r.data.tags.get("kind") in ("train", "evaluate")]
     scored = [r for r in runs if r.info.status == "FINISHED" and f"{part}_cases" in r.data.metrics]
@@ -172,12 +172,14 @@ def read_runs(
     metrics, lacking = _metric_names(finished, part)
     _read_cases(finished, client, part, metrics, lacking)
     failed: list[RunRecord] = []
+    known_splits = set(latest)
     for run in runs:
         record = RunRecord(run, labels[run.info.run_id])
         stale = record.configuration in families and _crossval(run) != families[record.configuration]
-        known = {(r.configuration, r.split) for r in failed} | set(latest)
-        if run.info.status in ("FAILED", "KILLED") and (record.configuration, record.split) not in known and not stale:
+        split = (record.configuration, record.split)
+        if run.info.status in ("FAILED", "KILLED") and split not in known_splits and not stale:
             failed.append(record)
+            known_splits.add(split)
     notes = []
     if len(scored) > len(kept):
         notes.append(
@@ -192,19 +194,6 @@ def read_runs(
         notes.append(f"Not all runs have {', '.join(lacking)}: left out.")
     modes = {m: finished[0].run.data.params.get(f"validate.metric_modes.{m}", "max") for m in metrics}
     return Runs(known_name, without_credentials(address), part, finished, failed, notes, metrics, modes, client)
-
-
-def _search(client: Any, experiment_id: str, filter_string: str) -> list[Any]:
-    runs: list[Any] = []
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], filter_string, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
-        )
-        runs += page
-        token = page.token
-        if not token:
-            return runs
 
 
 def _base_name(run: Any) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "absolute_uri",
     "connect",
     "continue_run",
+    "find_runs",
     "make_experiment",
     "tracking_uri",
     "without_credentials",
@@ -87,6 +88,26 @@ def connect(uri: str) -> Any:
             if value is None:
                 os.environ.pop(key, None)
     return client
+
+
+def find_runs(client: Any, experiment_id: str, filter_string: str = "") -> list[Any]:
+    """All runs of an experiment, the oldest first.
+
+    Args:
+        client: an ``MlflowClient``.
+        experiment_id: the experiment.
+        filter_string: in MLflow's language.
+    """
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], filter_string, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
+        )
+        runs += page
+        token = page.token
+        if not token:
+            return runs
 
 
 def make_experiment(client: Any, uri: str, name: str) -> str:

@@ -43,11 +43,12 @@ class SeededDataLoader(DataLoader):
             raise ValueError("the training data set is empty")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        seeded = _SeededDataset(dataset, seed)
         super().__init__(
-            _SeededDataset(dataset, seed),
+            seeded,
             num_workers=num_workers,
             batch_size=batch_size,
-            sampler=_EpochSampler(len(dataset), batch_size, seed),  # type: ignore[arg-type]
+            sampler=_EpochSampler(seeded, batch_size, seed),
             persistent_workers=num_workers > 0,
             **kwargs,
         )
@@ -59,9 +60,9 @@ class _EpochSampler(DistributedSampler[Draw]):
     Being a ``DistributedSampler`` it is left in place under DDP, where Lightning replaces any other kind.
     """
 
-    def __init__(self, items: int, batch_size: int, seed: int) -> None:
-        super().__init__(range(items), num_replicas=1, rank=0, seed=seed)  # type: ignore[arg-type]
-        self.items, self.batch_size = items, batch_size
+    def __init__(self, dataset: _SeededDataset, batch_size: int, seed: int) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, seed=seed)
+        self.items, self.batch_size = len(dataset), batch_size
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -14,7 +14,7 @@ from typing import Any
 
 from medseg.bundles.catalog import find_bundle, repository_root
 from medseg.experiments.compare import compare
-from medseg.experiments.crossval import cross_validate, print_outcome, tell
+from medseg.experiments.crossval import cross_validate, print_outcome, print_summary
 from medseg.experiments.plan import Setting, make_plan, parse_setting
 from medseg.experiments.report import write_comparison
 from medseg.experiments.runs import read_runs
@@ -107,7 +107,7 @@ def paper(
                 overlays=[] if full else [DEMO], held_out=True,
             )  # fmt: skip
             print(f"\ntrained on {style}, {' and '.join(modes)}", flush=True)
-            tell(cross_validate(plan, jobs=jobs, report=print_outcome), plan)
+            print_summary(cross_validate(plan, jobs=jobs, report=print_outcome), plan)
     return _write_table(out, count, folds, full)
 
 
