@@ -87,6 +87,20 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
+def check(
+    bundle: Annotated[str, typer.Argument(metavar="TASK|DIR|FILE", help="Task, bundle folder, packed zip or config.")],
+    as_json: Json = False,
+) -> None:
+    """Find what is wrong with a bundle before it runs, from its text alone: all problems at once."""
+    from medseg.bundles.check import check_path, report
+
+    problems = check_path(bundle)
+    print(report(problems, as_json) if problems or as_json else f"{bundle}: no problems")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def simulate(
     task: Task,
     out: Annotated[Path, typer.Option(help="Folder to write images, masks and datalist.json to.")],

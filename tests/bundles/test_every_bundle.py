@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
 
 from medseg.bundles.catalog import list_bundles
+from medseg.bundles.check import check_bundle
 
 SCHEMA = Path("src/medseg/bundles/metadata_schema.json")
 BUNDLES = list_bundles(Path(__file__).resolve().parents[2])
@@ -41,6 +42,10 @@ def test_files_of_the_model_zoo(bundle):
     for name in ("LICENSE", "configs/metadata.json", "configs/train.yaml", "configs/inference.yaml", "docs/README.md"):
         assert (bundle.path / name).is_file(), name
     assert not list(bundle.path.glob("models/*.pt")), "weights are never committed"
+
+
+def test_static_check(bundle):
+    assert list(map(str, check_bundle(bundle.path, bundle.path.parents[1]))) == []
 
 
 def test_metadata(bundle):

@@ -7,7 +7,6 @@ on the call stack. That works the same under ``monai.bundle run``, ``create_work
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
@@ -15,12 +14,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
+from medseg.bundles.config_check import override_problems
+from medseg.bundles.configs import SEPARATOR, SUFFIXES, Config, read_config
+from medseg.bundles.macros import resolve_macros
 
-from medseg.bundles.macros import SEPARATOR, Config, resolve_macros
-
-#: Keys that MONAI itself adds to a config or takes from the command line.
-MONAI_KEYS = {"_meta_", "initialize", "run", "finalize", "tracking", "save_execute_config"}
+#: What `monai.bundle run` and `create_workflow` take besides keys of the config.
+WORKFLOW_ARGUMENTS = {
+    "run_id", "init_id", "final_id", "meta_file", "logging_file", "tracking", "workflow_type", "workflow",
+    "properties_path",
+}  # fmt: skip
 
 #: How the messages begin in which MONAI wraps what went wrong inside a config.
 WRAPPERS = ("Failed to evaluate", "Failed to instantiate", "applying transform")
@@ -81,10 +83,10 @@ def readable_output() -> None:
 
 
 def check_arguments(bundle_root: str | Path) -> None:
-    """Stop on an argument that no config of the bundle knows (MONAI accepts and ignores it), or an unknown network.
+    """Stop on an argument that no config of the run and no component takes (MONAI accepts it and ignores it).
 
     Args:
-        bundle_root: the bundle's folder; the keys of its configs are what is known.
+        bundle_root: the bundle's folder; its other configs are where a key may belong.
 
     Raises:
         ValueError: naming every unknown key and the known one closest to it, or the networks to choose from.
@@ -96,18 +98,31 @@ def check_arguments(bundle_root: str | Path) -> None:
     name, networks = config.get("network_name"), config.get("networks")
     if isinstance(networks, dict) and "@networks" in str(config.get("network_def")) and name not in networks:
         raise ValueError(f"unknown --network_name {name}; choose from {', '.join(networks)}")
-    known = set(MONAI_KEYS)
-    for file in Path(bundle_root).glob("configs/*.y*ml"):
-        known.update(str(k).split(SEPARATOR)[0] for k in yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-    if known == MONAI_KEYS:  # packed as JSON, or run away from its files: nothing to compare with
+    folder = Path(bundle_root, "configs")
+    beside = {f: read_config(f) for f in sorted(folder.glob("*.*")) if f.suffix in SUFFIXES and f.stem != "metadata"}
+    files, overrides = _command_line()
+    own = {str(f): read_config(Path(f)) for f in files} if files else {str(f): c for f, c in beside.items()}
+    if not own:  # run away from its files: nothing to compare with
         return
-    unknown = [k for k in config if k not in known]
+    if not files:
+        overrides = [k for k in config if not any(k in content for content in own.values())]
+    here = {Path(f).resolve() for f in own}
+    others = {f.name: c for f, c in beside.items() if f.resolve() not in here}
+    unknown = override_problems(overrides, own, others, Path.cwd())
     if unknown:
-        hints = []
-        for key in unknown:
-            close = difflib.get_close_matches(key, known, n=1)
-            hints.append(f"--{key}" + (f" (did you mean --{close[0]}?)" if close else ""))
-        raise ValueError(f"unknown argument {', '.join(hints)}; the arguments are the keys in {bundle_root}/configs")
+        raise ValueError(f"unknown argument {', '.join(unknown)}; the arguments are the keys of {', '.join(own)}")
+
+
+def _command_line() -> tuple[list[str], list[str]]:
+    """Config files and overriding keys of the ``monai.bundle run`` that is going on; empty if it is something else."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "create_workflow" and frame.f_globals.get("__name__") == "monai.bundle.scripts":
+            files, arguments = frame.f_locals.get("config_file"), frame.f_locals.get("_args", {})
+            listed = [files] if isinstance(files, (str, Path)) else list(files or ())
+            return [str(f) for f in listed], [str(k) for k in arguments if k not in WORKFLOW_ARGUMENTS]
+        frame = frame.f_back
+    return [], []
 
 
 def scalar_settings(parser: Any) -> dict[str, str]:

@@ -16,11 +16,11 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from medseg.bundles.macros import Config, resolve_macros
+from medseg.bundles.configs import Config, lay_over, read_config
+from medseg.bundles.macros import resolve_macros
 from medseg.io.files import write_atomically
 
 #: What may differ when a run is resumed: how far, where and with what it runs, not what is trained.
@@ -106,13 +106,11 @@ def write_run_configs(folder: Path, config: Config, bundle_root: Path) -> list[P
     source, target = bundle_root / "configs", folder / "configs"
     configs: dict[str, Config] = {"train": {**config, "output_dir": str(folder), "resume": False}}
     if (source / "evaluate.yaml").is_file():
-        merged = dict(config)
-        for key, value in _read(source / "evaluate.yaml").items():
-            _set(merged, key, value)
+        merged, _ = lay_over(config, read_config(source / "evaluate.yaml"))
         merged |= {"bundle_root": str(folder), "output_dir": str(folder / "evaluation")}
         configs["evaluate"] = resolve_macros(merged, Path.cwd())
     if (source / "inference.yaml").is_file():
-        raw = _read(source / "inference.yaml")
+        raw = read_config(source / "inference.yaml")
         shared = f"%{(source / 'train.yaml').as_posix()}::"
         for key, value in raw.items():
             if isinstance(value, str) and value.startswith(shared):
@@ -153,7 +151,7 @@ def check_resumed_config(folder: Path, config: Config) -> None:
     file = folder / "configs" / "train.yaml"
     if not file.is_file():
         return
-    before = _read(file)
+    before = read_config(file)
     changed = [k for k in {**before, **config} if k not in MAY_CHANGE and before.get(k) != config.get(k)]
     if changed:
         raise ValueError(
@@ -228,17 +226,3 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> Config:
-    content: Config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _set(config: Config, key: str, value: Any) -> None:
-    """``a::b: v`` in an overlay sets a nested key, as in MONAI."""
-    *parents, last = key.split("::")
-    for parent in parents:
-        config[parent] = dict(config[parent])  # the training config keeps its own
-        config = config[parent]
-    config[last] = value
