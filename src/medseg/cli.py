@@ -9,6 +9,7 @@ import importlib
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -223,6 +224,92 @@ def ensemble(
 
 
 @app.command()
+def promote(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    bundle: Annotated[str | None, typer.Option(help="Task; found by the run's metadata by default.")] = None,
+    version: Annotated[str | None, typer.Option(help="New version; by default the last number is raised.")] = None,
+    note: Annotated[str, typer.Option(help="Words for the changelog.")] = "",
+) -> None:
+    """Put a run's best weights into its bundle: models/, version, changelog, scores and provenance."""
+    from medseg.bundles.promote import promote as run_it
+
+    done = run_it(run, bundle, version, note)
+    print(f"{done.bundle.name} {done.version}: {done.change}")
+    print(f"segment:  python -m monai.bundle run --config_file bundles/{done.bundle.name}/models/inference.yaml")
+    print(f"share:    medseg pack {done.bundle.name}")
+
+
+@app.command()
+def pack(
+    task: Task,
+    weights: Annotated[
+        Path | None, typer.Option(help="models/model.pt of a run's folder; what was promoted by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the zip.")] = Path("dist"),
+    version: Annotated[str | None, typer.Option(help="Version, for weights that were not promoted.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Bring models/model.onnx as well.")] = False,
+    no_overlays: Annotated[bool, typer.Option("--no-overlays", help="Leave pictures of your data out.")] = False,
+    sign: Annotated[Path | None, typer.Option(help="Ed25519 private key (PEM or OpenSSH) to sign with.")] = None,
+) -> None:
+    """Make one zip that runs with stock MONAI: configs, weights, card, self-test, checksums."""
+    from medseg.bundles.pack import pack as run_it
+
+    if sign is not None:  # a wrong key is said before the work
+        key = _signer(sign)
+    done = run_it(task, weights, out, version=version, onnx=onnx, overlays=not no_overlays)
+    print(f"{done.path}  {done.path.stat().st_size / 1e6:.1f} MB")
+    print(f"sha256  {done.sha256}")
+    if sign is not None:
+        from medseg.io.files import write_atomically
+
+        signature = done.path.with_name(f"{done.path.name}.sig")
+        write_atomically(signature, key(done.sha256))
+        print(f"signed  {signature}")
+    for remark in done.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="Packed or unpacked bundle.")],
+    run: Annotated[bool, typer.Option("--run", help="If it is trusted, run its self-test and compare.")] = False,
+    accept: Annotated[
+        bool, typer.Option("--accept-untrusted", help="With --run: run it although it is not trusted.")
+    ] = False,
+    trusted: Annotated[Path | None, typer.Option(help="Public Ed25519 key that must have signed it.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="List what is harmless as well.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look into a bundle from a stranger without running anything of it. Exit code 0 only if it is trusted."""
+    from medseg.bundles.verify import verify as run_it
+
+    report = run_it(bundle, trusted)
+    if run and (report.verdict == "trusted" or (accept and report.verdict == "untrusted")):
+        from medseg.bundles.self_test import check_self_test
+
+        try:
+            report.checked["self-test"] = "; ".join(check_self_test(bundle))
+        except ValueError as error:
+            report.add("refused", "self-test", str(error))
+    elif run:
+        report.checked["self-test"] = f"not run, as the bundle is {report.verdict}"
+    print(report.to_json() if as_json else report.table(everything))
+    if report.verdict != "trusted":
+        raise typer.Exit(1)
+
+
+@app.command()
+def card(
+    bundle: Annotated[str, typer.Argument(metavar="TASK|DIR|FILE", help="Task, bundle folder or packed zip.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; NAME_card.html by default.")] = None,
+) -> None:
+    """Show the model card as one HTML page that opens offline."""
+    from medseg.bundles.card import write_card
+
+    print(write_card(bundle, out))
+
+
+@app.command()
 def paper(
     task: Task,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; runs/TASK/paper by default.")] = None,
@@ -238,6 +325,23 @@ def paper(
     """Make the table of the task's paper on simulated data, with the published numbers beside it."""
     root_out = out or Path("runs") / task / "paper"
     _task_module(task, "paper").paper(root_out, folds, count, seed, settings or [], jobs, full)
+
+
+def _signer(key: Path) -> Callable[[str], bytes]:
+    """Signs a digest with a key; asks for the key's password if it has one."""
+    import getpass
+
+    from medseg.bundles.signature import sign
+
+    try:
+        sign("0" * 64, key)
+    except ValueError as error:
+        if "needs its password" not in str(error):
+            raise
+        password = getpass.getpass(f"password of {key}: ").encode()
+        sign("0" * 64, key, password)
+        return lambda digest: sign(digest, key, password)
+    return lambda digest: sign(digest, key)
 
 
 def _words(text: str) -> list[str]:

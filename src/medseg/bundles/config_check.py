@@ -48,7 +48,7 @@ NO_ARGUMENTS = {"_target_", "_disabled_", "_requires_", "_desc_", "_mode_"}
 #: Id of a value, what is wrong with it, and what to do.
 Found = tuple[str, str, str]
 
-__all__ = ["MONAI_KEYS", "PROPERTIES", "Problem", "config_problems", "cycles", "override_problems", "text_problems"]
+__all__ = ["MONAI_KEYS", "Problem", "config_problems", "cycles", "missing_references", "override_problems"]
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,16 @@ def _signature_of(component: Config) -> Signature | None:
 
 def _is_local_macro(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("%") and not split_macro(value)[0]
+
+
+def missing_references(config: Config, everything: Config) -> Iterator[Found]:
+    """References to what neither this config nor another one of the bundle has (it may be an overlay)."""
+    ids = {key for key, _ in walk(everything)} | {key for key, _ in walk(config)}
+    for key, value in walk(config):
+        if isinstance(value, str) and not value.startswith("%"):
+            for reference in _safe_references(value, key):
+                if reference and reference not in ids and not reference.startswith("_meta_"):
+                    yield key, f"@{reference} is not there", "define it"
 
 
 def text_problems(config: Config) -> Iterator[Found]:

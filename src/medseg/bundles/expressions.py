@@ -25,6 +25,7 @@ __all__ = [
     "dotted_names",
     "imported_name",
     "is_expression",
+    "own_names",
     "parse_expression",
     "references",
     "undefined_names",
@@ -107,7 +108,7 @@ def dotted_names(tree: ast.AST) -> Iterator[tuple[ast.expr, str, bool]]:
         The node, its dotted text and whether the first name is the expression's own (an argument of a lambda, a
         variable of a comprehension). An attribute of anything but a name is given as ``.attribute``.
     """
-    own = _own_names(tree)
+    own = own_names(tree)
     inner: set[ast.AST] = set()
     for node in ast.walk(tree):  # parents first
         if node in inner:
@@ -134,7 +135,8 @@ def undefined_names(tree: ast.AST, imported: set[str]) -> list[str]:
     return sorted({text.split(".")[0] for _, text, own in dotted_names(tree) if text[0] != "." and not own} - known)
 
 
-def _own_names(tree: ast.AST) -> set[str]:
+def own_names(tree: ast.AST) -> set[str]:
+    """Names that an expression defines for itself: arguments of lambdas, variables of comprehensions."""
     own = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.arguments):

@@ -140,6 +140,16 @@ def simulate(
     )
 
 
+def self_test_case(folder: Path) -> None:
+    """Write the one tiny image that a packed bundle carries to be tested with: 128 x 128, several lesions.
+
+    Args:
+        folder: empty folder to write it to.
+    """
+    image, _ = next(render(STYLES["abfm"], 128, np.random.default_rng(0), 1))
+    write_png(folder / "case.png", image)
+
+
 def render(
     style: Style, size: int, rng: np.random.Generator, frames_per_video: int = 1
 ) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]:
