@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sample_bundle
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = "bundles/fluorescence_tumor/configs"
@@ -87,3 +89,52 @@ def disc() -> Callable[..., np.ndarray]:
         return (y - cy) ** 2 + (x - cx) ** 2 <= radius**2
 
     return make
+
+
+@pytest.fixture
+def small_bundle(tmp_path) -> Path:
+    """A sound bundle of a stranger."""
+    return sample_bundle.small_bundle(tmp_path / "blobs")
+
+
+@pytest.fixture
+def edit(small_bundle: Path) -> Callable[..., Path]:
+    """Change ``inference.json`` of the small bundle and bring the checksums up to date."""
+
+    def change(**keys: object) -> Path:
+        file = small_bundle / "configs" / "inference.json"
+        config = json.loads(file.read_text())
+        config.update(keys)
+        file.write_text(json.dumps(config))
+        sample_bundle.write_sums(small_bundle)
+        return small_bundle
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def promoted(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """A copy of the bundles with a finished run in ``run/``, whose weights are promoted."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for part in ("bundles", "transforms"):
+        shutil.copytree(REPOSITORY / part, folder / part, ignore=shutil.ignore_patterns("*.pt"))
+    arguments = {
+        "dataset_dir": tiny_data, "output_dir": folder / "run", "network_name": "unet", "encoder": "mobilenet_v2",
+        "encoder_depth": 3, "decoder_channels": "[32,16,8]", "roi_size": "[64,64]", "batch_size": 4, "max_epochs": 24,
+        "val_interval": 8, "learning_rate": 0.003, "score": "[test]",
+        "tracking_uri": f"sqlite:///{folder / 'mlflow.db'}",
+    }  # fmt: skip
+    words = [w for k, v in arguments.items() for w in (f"--{k}", str(v))]
+    config = "bundles/fluorescence_tumor/configs/train.yaml"
+    line = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *words]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=500, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-4000:]
+    sample_bundle.medseg("promote", "run", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(promoted: Path) -> Path:
+    """The zip of the promoted weights."""
+    sample_bundle.medseg("pack", "fluorescence_tumor", cwd=promoted)
+    return promoted / "dist" / "fluorescence_tumor_v0.1.1.zip"

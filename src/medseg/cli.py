@@ -299,6 +299,26 @@ def verify(
 
 
 @app.command()
+def install(
+    source: Annotated[str, typer.Argument(metavar="FILE|DIR|URL|hf:OWNER/NAME|zoo:NAME", help="Where the bundle is.")],
+    into: Annotated[Path, typer.Option(help="Folder to install into.")] = Path("installed"),
+    version: Annotated[str | None, typer.Option(help="Version to fetch from a hub.")] = None,
+    trusted: Annotated[Path | None, typer.Option(help="Public Ed25519 key that must have signed it.")] = None,
+    allow_untrusted: Annotated[
+        bool, typer.Option("--allow-untrusted", help="Unpack it although it is not trusted; nothing is run.")
+    ] = False,
+) -> None:
+    """Check a bundle, then unpack it as a whole or not at all, and record where it came from."""
+    from medseg.bundles.install import install as run_it
+
+    done = run_it(source, into, allow_untrusted=allow_untrusted, trusted_key=trusted, version=version)
+    what = "is there already" if done.already else "installed"
+    print(f"{done.name} {done.version} ({done.verdict}) {what}: {done.path}")
+    run = "python -m monai.bundle run --config_file configs/inference.json --dataset_dir FOLDER"
+    print(f"segment:  cd {done.path} && {run}")
+
+
+@app.command()
 def card(
     bundle: Annotated[str, typer.Argument(metavar="TASK|DIR|FILE", help="Task, bundle folder or packed zip.")],
     out: Annotated[Path | None, typer.Option(help="HTML file; NAME_card.html by default.")] = None,

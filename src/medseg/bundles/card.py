@@ -58,6 +58,7 @@ def card_markdown(
         metadata=metadata,
         scores=list(_scores(release.metrics)) if release else [],
         overlays=[p.name for p in release.overlays] if release else [],
+        simulated="simulated" in str(metadata.get("data_source", "")),
         packed=bool(files),
         python=".".join(platform.python_version_tuple()[:2]),
         requirements=requirements,

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medseg.bundles.config_check import Problem, config_problems
+from medseg.bundles.config_check import UNUSED, Problem, config_problems
 from medseg.bundles.configs import SEPARATOR, SUFFIXES, Config, get, read_config, walk
 from medseg.bundles.macros import resolve_macros, split_macro
 from medseg.bundles.targets import index_monai
@@ -110,7 +110,8 @@ def check_bundle(path: Path, root: Path | None = None) -> list[Problem]:
     resolved: dict[str, Config] = {}
     for parts in _compositions(raw, metadata, {f.stem for f in files}):
         config, found = config_problems({names[p]: raw[p] for p in parts}, root, metadata, used, macro_files)
-        problems += found
+        # what a run wrote has every key of its source, also those that an overlay made useless
+        problems += [p for p in found if p.message != UNUSED or not (folder / "status.json").is_file()]
         resolved[parts[-1]] = config
     problems += _agreement(resolved, names, metadata)
     if path.is_dir():

@@ -45,10 +45,21 @@ PROPERTIES = {
 #: Keys of a component that are no arguments.
 NO_ARGUMENTS = {"_target_", "_disabled_", "_requires_", "_desc_", "_mode_"}
 
+UNUSED = "nothing uses this key"
+
 #: Id of a value, what is wrong with it, and what to do.
 Found = tuple[str, str, str]
 
-__all__ = ["MONAI_KEYS", "Problem", "config_problems", "cycles", "missing_references", "override_problems"]
+__all__ = [
+    "MONAI_KEYS",
+    "UNUSED",
+    "Problem",
+    "config_problems",
+    "cycles",
+    "missing_references",
+    "override_problems",
+    "unused_keys",
+]
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ def config_problems(
         *_target_problems(config),
         *cycles(config),
         # a key of the base that an overlay makes useless is not misspelt
-        *(p for p in _unused(config, used_here) if place(p[0]) == last),
+        *(p for p in unused_keys(config, used_here) if place(p[0]) == last),
         *_missing_properties(config),
     ]
     return config, problems + [Problem(place(key), key, message, fix) for key, message, fix in found]
@@ -313,8 +324,13 @@ def cycles(config: Config) -> Iterator[Found]:
                 stack += [(n, False) for n in needs.get(key, [])]
 
 
-def _unused(config: Config, used: set[str]) -> Iterator[Found]:
-    """Keys that nothing reads: most are misspelt."""
+def unused_keys(config: Config, used: set[str] | frozenset[str] = frozenset()) -> Iterator[Found]:
+    """Keys that nothing reads: most are misspelt.
+
+    Args:
+        config: with its macros resolved.
+        used: ids that are read by other ways than references.
+    """
     kind = _workflow(config)
     if kind is None:
         return
@@ -328,11 +344,11 @@ def _unused(config: Config, used: set[str]) -> Iterator[Found]:
     for key, value in config.items():
         if not is_used(key):
             close = difflib.get_close_matches(key, [t for t in targets if SEPARATOR not in t], n=1)
-            yield key, "nothing uses this key", f"did you mean {close[0]}?" if close else "remove it, or refer to it"
+            yield key, UNUSED, f"did you mean {close[0]}?" if close else "remove it, or refer to it"
         elif isinstance(value, dict) and "_target_" not in value and key in ("train", "validate", "test"):
             for child in value:
                 if not is_used(f"{key}{SEPARATOR}{child}"):
-                    yield f"{key}{SEPARATOR}{child}", "nothing uses this key", "remove it, or refer to it"
+                    yield f"{key}{SEPARATOR}{child}", UNUSED, "remove it, or refer to it"
 
 
 def _safe_references(value: str, key: str) -> list[str]:

@@ -17,7 +17,7 @@ SELF_TEST = "self_test"
 #: moves single voxels at an outline; a GPU in bfloat16 moves a few more.
 MIN_DICE = 0.98
 
-__all__ = ["MIN_DICE", "SELF_TEST", "check_self_test", "run_inference"]
+__all__ = ["MIN_DICE", "SELF_TEST", "check_self_test", "is_empty", "run_inference"]
 
 
 def check_self_test(path: Path) -> list[str]:
@@ -70,6 +70,11 @@ def run_inference(folder: Path, images: Path, masks: Path) -> None:
                 shutil.copyfile(file, target)
     if not masks.is_dir():
         raise ValueError("the bundle ran and wrote no mask")
+
+
+def is_empty(mask: Path) -> bool:
+    """Whether a mask has no label but the background."""
+    return not _read(mask).any()
 
 
 def _compare(expected: Path, masks: Path) -> list[str]:

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from medseg.bundles.configs import SEPARATOR, Config, get, walk
 from medseg.bundles.expressions import (
@@ -34,16 +35,16 @@ DEFINED = [
     r"monai\.(transforms|losses|inferers|metrics|engines|optimizers|visualize)\.[\w.]+",
     r"monai\.networks\.(nets|blocks|layers|schedulers)\.(?!\w+\.(get_pretrained|\w*download))[\w.]+",
     r"monai\.networks\.utils\.(one_hot|copy_model_state|normal_init|icnr_init|pixelshuffle|freeze_layers)",
-    r"monai\.handlers\.(?!mlflow|clearml|tensorboard|trt)\w+\.\w+",
+    r"monai\.handlers\.(?!mlflow|clearml|trt)\w+\.\w+",
     r"monai\.data\.dataloader\.DataLoader",
     r"monai\.data\.thread_buffer\.\w+",
     r"monai\.data\.dataset\.(Dataset|CacheDataset|SmartCacheDataset|ArrayDataset|ZipDataset|NPZDictItemDataset|CSVDataset|DatasetFunc)",
     r"monai\.data\.(grid_dataset|iterable_dataset|image_dataset|samplers|box_utils|meta_tensor|image_reader)\.\w+",
     r"monai\.data\.decathlon_datalist\.(load_decathlon_datalist|load_decathlon_properties)",
     r"monai\.data\.utils\.(list_data_collate|pad_list_data_collate|decollate_batch|partition_dataset\w*|no_collation)",
-    r"monai\.apps\.(detection|deepedit|deepgrow|vista3d|nuclick|generation|reconstruction|pathology)\.(?!utils\b)[\w.]+",
+    r"monai\.apps\.(detection|deepedit|deepgrow|vista3d|nuclick|generation|reconstruction|pathology)\.[\w.]+",
     r"monai\.utils\.misc\.(set_determinism|first|ensure_tuple\w*|fall_back_tuple|is_scalar|list_to_dict)",
-    r"monai\.utils\.enums\.\w+",
+    r"monai\.utils\.enums\.\w+(\.\w+)?",
     r"medseg\.(metrics|calibration)\.(?!write_)\w+",
     r"medseg\.bundles\.running\.(readable_output|check_arguments)",
     r"medseg\.io\.(datalist|images|overlay|predictions)\.(?!write_)\w+",
@@ -56,6 +57,7 @@ DEFINED = [
     r"lightning\.pytorch\.callbacks\.[\w.]*[A-Z]\w*",
     r"torchvision\.(models|ops)\.[\w.]+",
     r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*",
+    r"torch\.nn\.(parallel\.distributed\.)?DistributedDataParallel|ignite\.metrics\.[\w.]+",
     r"torch\.nn\.functional\.[a-z]\w*",
     r"torch\.nn\.(init|utils)\.[a-z]\w*_",
     r"torch\.optim\.(\w+\.)?[A-Z]\w*",
@@ -72,6 +74,8 @@ NAMED = [
     r"torch\.cuda\.(is_available|device_count|current_device|is_bf16_supported)",
     r"torch\.cuda\.amp\.GradScaler|torch\.amp\.(GradScaler|autocast)|torch\.jit\.load|torch\.load",
     r"torch\.distributed\.(is_available|is_initialized|get_rank|get_world_size|init_process_group|destroy_process_group)",
+    r"torch\.nn\.SyncBatchNorm\.convert_sync_batchnorm",
+    r"monai\.networks\.layers\.(factories\.)?(Norm|Act|Conv|Pool|Dropout|Pad)(\.[A-Z0-9]+)?",
     r"torch\.backends\.\w+(\.\w+)?",
     r"numpy\.(u?int(8|16|32|64|p)?|float(16|32|64|_)?|bool_?|single|double|pi|inf|nan|newaxis|ndarray|dtype|iinfo|finfo)",
     r"numpy\.(array|asarray|zeros|ones|full|arange|linspace|eye|stack|concatenate|where|unique|sort|argsort|argmax|argmin)",
@@ -217,11 +221,12 @@ def reason_for(name: str) -> str:
         return f"{error.name} is not installed here, so {name} cannot be judged"
     except (OSError, ValueError, RecursionError):
         return f"{name} cannot be traced"
+    # a name of this list may be defined anywhere in its own package: numpy.stack is numpy._core.shape_base.stack
+    if _NAMED.fullmatch(name) and (target is None or target.name.split(".")[0] == name.split(".")[0]):
+        return ""
     if target is None:
         return f"{name} does not exist in the installed packages"
     if target.found and _DEFINED.fullmatch(target.name) and "._" not in target.name:
-        return ""
-    if _NAMED.fullmatch(target.name) and "._" not in target.name:
         return ""
     real = f" (really {target.name})" if target.name != name else ""
     return f"{name}{real} is not on the list of harmless names"
@@ -265,19 +270,32 @@ def _expression_reasons(tree: ast.Expression, imported: dict[str, str]) -> Itera
     hidden = sorted(n for n in own if n in imported or hasattr(builtins, n))
     if hidden:  # the same word would mean two things in one expression
         yield f"gives another meaning to {', '.join(hidden)}"
-    for _, text, is_own in dotted_names(tree):
+    switches = {node.func for node in ast.walk(tree) if _is_switch(node, imported)}
+    for node, text, is_own in dotted_names(tree):
+        if node in switches:
+            continue
         first, *attributes = text.split(".")
         if text[0] == "." or is_own or first == REFERENCES:
             yield from (f".{a} is not on the list of harmless attributes" for a in attributes if a not in ATTRIBUTES)
         else:
             yield from _name_reasons(first, attributes, imported)
-    for node in ast.walk(tree):
+    for node in ast.walk(tree):  # type: ignore[assignment]
         if isinstance(node, ast.Call):
             yield from _call_reasons(node, imported)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             reason = _text_reason(node.value, "", joined=_is_joined(tree, node))
             if reason:
                 yield f"{node.value[:80]!r} {reason}"
+
+
+def _is_switch(node: ast.AST, imported: dict[str, str]) -> TypeGuard[ast.Call]:
+    """``setattr(torch.backends.cudnn, 'benchmark', True)``, which half of the zoo has and which changes no code."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr"):
+        return False
+    if len(node.args) != 3 or node.keywords or not all(isinstance(a, ast.Constant) for a in node.args[1:]):
+        return False
+    first, _, rest = ast.unparse(node.args[0]).partition(".")
+    return re.fullmatch(r"torch\.backends\.(cudnn|cuda\.matmul)", f"{imported.get(first, '')}.{rest}") is not None
 
 
 def _name_reasons(first: str, attributes: list[str], imported: dict[str, str]) -> Iterator[str]:

@@ -1,0 +1,312 @@
+"""``medseg verify``: what is harmless passes, every attack is named, and nothing of a bundle is ever run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sample_bundle import INFERENCE, write_sums
+
+from medseg.bundles.archive import write_zip
+from medseg.bundles.verify import verify
+
+SENTINEL = Path("/tmp/medseg-attack-sentinel")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs():
+    SENTINEL.unlink(missing_ok=True)
+    before = set(sys.modules)
+    yield
+    assert not SENTINEL.exists(), "something of the bundle was run"
+    new = {m.split(".")[0] for m in set(sys.modules) - before}
+    assert not new & {"subprocess_attack", "antigravity", "evil"}
+
+
+def reasons(report) -> str:
+    return "\n".join(f"{f.level} {f.place}: {f.message}" for f in report.findings)
+
+
+def test_a_sound_bundle_of_the_zoo_is_trusted(small_bundle, tmp_path):
+    report = verify(small_bundle)
+    assert report.verdict == "trusted", reasons(report)
+    assert (report.name, report.version) == ("blobs", "0.1.0")
+    digest = write_zip(small_bundle, tmp_path / "blobs_v0.1.0.zip")
+    packed = verify(tmp_path / "blobs_v0.1.0.zip")
+    assert packed.verdict == "trusted", reasons(packed)
+    assert packed.sha256 == digest
+    assert "with equal values" in packed.checked["weights"]
+    listed = {u.text for u in report.uses}
+    assert {"UNet", "$@evaluator.run()", "$import glob"} <= listed, "everything that would run is listed"
+    assert "+ expression" in report.table(everything=True)
+    assert json.loads(report.to_json())["verdict"] == "trusted"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$torch.load(@ckpt_path, map_location=@device, weights_only=True)",
+        "$np.stack([np.asarray(x) for x in @datalist]).astype(np.float32)",
+        "$monai.utils.CommonKeys.IMAGE",
+        "$monai.networks.layers.Norm.BATCH",
+        "$torch.nn.SyncBatchNorm.convert_sync_batchnorm(@network)",
+        "$[p for p in @network.parameters() if p.requires_grad]",
+        "$@dataset_dir + '/labels/' + 'x'.replace('a', 'b')",
+        '$os.path.join(@bundle_root, "models", f"{@dataset_dir}/x.pt")',
+        "$lambda x, y=1: {k: v for k, v in x.items()}",
+        "$torch.distributed.init_process_group(backend='nccl')",
+    ],
+)
+def test_harmless_expressions(text, edit):
+    report = verify(edit(extra=text))
+    assert report.verdict == "trusted", reasons(report)
+
+
+RUN = f"touch {SENTINEL}"
+
+#: What an attacker may put under a key of a config, and what must be said of it.
+ATTACKS: dict[str, tuple[object, str]] = {
+    "import in an expression": (f"$__import__('os').system('{RUN}')", "__import__"),
+    "target": ({"_target_": "os.system", "command": RUN}, "os.system is not on the list"),
+    "subprocess": ({"_target_": "subprocess.run", "args": RUN, "shell": True}, "subprocess.run is not on the list"),
+    "eval": (f"$eval('{RUN}')", "builtins.eval"),
+    "exec": ({"_target_": "builtins.exec", "source": "1"}, "builtins.exec"),
+    "short builtin": ({"_target_": "exec"}, "MONAI has no exec"),
+    "open": (f"$open('{SENTINEL}', 'w')", "builtins.open"),
+    "getattr": ("$getattr(os, 'system')('x')", "builtins.getattr"),
+    "os by name": (f"$os.system('{RUN}')", "os.system is not on the list"),
+    "os through MONAI": (f"$monai.utils.misc.os.system('{RUN}')", "really os.system"),
+    "os through torch": (f"$torch.os.system('{RUN}')", "is not on the list"),
+    "target through MONAI": ({"_target_": "monai.utils.misc.os.system", "command": RUN}, "really os.system"),
+    "optional_import": ("$monai.utils.optional_import('os')[0]", "optional_import"),
+    "instantiate": ({"_target_": "monai.utils.instantiate", "path": "os.system"}, "is not on the list"),
+    "bundle run": ("$monai.bundle.run(config_file='x.json')", "is not on the list"),
+    "unpickle": ("$torch.load(@ckpt_path, weights_only=False)", "unpickling runs code"),
+    "unpickle by a variable": ("$torch.load(@ckpt_path, **{'weights_only': False})", "computed"),
+    "numpy pickle": ("$np.load('x.npy', allow_pickle=True)", "numpy.load"),
+    "pickle": ({"_target_": "pickle.loads", "data": "x"}, "pickle.loads"),
+    "hub": ("$torch.hub.load('a/b', 'c')", "torch.hub"),
+    "download": ({"_target_": "monai.apps.download_url", "url": "x"}, "is not on the list"),
+    "pretrained": ({"_target_": "torchvision.models.resnet18", "pretrained": True}, "download"),
+    "address": ("https://example.org/upload", "address outside"),
+    "address in an expression": ("$str('https://example.org')", "address outside"),
+    "subclasses": ("$[c for c in ().__class__.__base__.__subclasses__()]", ".__class__"),
+    "frames": ("$(x for x in [1]).gi_frame.f_builtins", ".gi_frame"),
+    "builtins": ("$__builtins__['eval']('1')", "__builtins__"),
+    "hidden name": ("$(lambda eval: 0)(1) or eval('1')", "another meaning to eval"),
+    "hidden module": ("$(lambda os: 0)(1) or os.system('x')", "another meaning to os"),
+    "import": ("$import subprocess", "subprocess is not on the list"),
+    "import from": ("$from os import system", ""),
+    "import under a known name": ("$import os as torch", "torch already means torch"),
+    "import of the bundle's code": ("$import scripts.evil", "scripts is not installed here"),
+    "reader": ({"_target_": "LoadImaged", "keys": "image", "reader": "subprocess.Popen"}, "none of MONAI's"),
+    "debugger": ({"_target_": "UNet", "_mode_": "debug"}, "debugger"),
+    "computed target": ({"_target_": "$@name"}, "computed"),
+    "referenced target": ({"_target_": "@name"}, "computed"),
+    "path": ("/etc/passwd", "path outside"),
+    "home": ("~/.ssh/id_ed25519", "path outside"),
+    "path upwards": ("$'x' + '/../../etc'", "leads out"),
+    "path in join": ("$os.path.join(@bundle_root, '/etc/cron.d')", "path outside"),
+    "no Python": ("$import os; os.system('x') +", "cannot be read"),
+    "unknown package": ({"_target_": "evil_package.Run"}, "not installed here"),
+    "unknown name": ({"_target_": "monai.transforms.Evil"}, "does not exist"),
+    "attribute of a value": ("$@network.__init__.__globals__", ".__globals__"),
+    "writing tensor": ("$@network.save('x')", ".save"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_by_config(name, edit):
+    value, expected = ATTACKS[name]
+    is_import = str(value).startswith(("$import ", "$from "))
+    imports = [*INFERENCE["imports"], value] if is_import else INFERENCE["imports"]
+    report = verify(edit(imports=imports, name="UNet", extra=value, run=["$@evaluator.run()", "$@extra"]))
+    if name == "import from":  # the name may be imported; using it may not
+        report = verify(edit(imports=imports, extra=f"$system('{RUN}')"))
+        expected = "os.system is not on the list"
+    assert report.verdict != "trusted", reasons(report)
+    assert expected in reasons(report)
+    assert "configs/inference.json: " in reasons(report), "the place is named"
+    shutil.rmtree(report.path)
+
+
+def test_reader_by_reference(edit):
+    transforms = {"_target_": "LoadImaged", "keys": "image", "reader": "@which"}
+    assert "none of MONAI's" in reasons(verify(edit(which="breakpoint", preprocessing=transforms)))
+
+
+def test_logging_config_is_code(small_bundle):
+    file = small_bundle / "configs" / "logging.conf"
+    shutil.copy("bundles/fluorescence_tumor/configs/logging.conf", file)
+    write_sums(small_bundle)
+    assert verify(small_bundle).verdict == "trusted"
+    file.write_text(file.read_text().replace("(sys.stdout,)", f"(__import__('os').system('{RUN}'),)"))
+    write_sums(small_bundle)
+    assert "logging evaluates this" in reasons(verify(small_bundle))
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, (RUN,)
+
+
+def refused(folder: Path, because: str, sums: bool = True) -> None:
+    if sums:
+        write_sums(folder)
+    report = verify(folder)
+    assert report.verdict == "refused", reasons(report)
+    assert because in reasons(report)
+
+
+@pytest.mark.parametrize("file", ["models/model.pt", "models/other.pt", "docs/README.md", "self_test/case.png"])
+def test_pickles(file, small_bundle):
+    (small_bundle / file).parent.mkdir(exist_ok=True)
+    with (small_bundle / file).open("wb") as target:
+        if file.endswith(".pt"):
+            torch.save({"weight": Payload()}, target)
+        else:
+            pickle.dump(Payload(), target)
+    refused(small_bundle, "system" if file.endswith(".pt") else file)
+
+
+def test_files_that_no_bundle_needs(small_bundle):
+    (small_bundle / "models" / "lib.so").write_bytes(b"\x7fELF")
+    refused(small_bundle, "no use for a .so file")
+    (small_bundle / "models" / "lib.so").unlink()
+    (small_bundle / "scripts").mkdir()
+    (small_bundle / "scripts" / "evil.py").write_text("import os")
+    write_sums(small_bundle)
+    report = verify(small_bundle)
+    assert (report.verdict, "Python code" in reasons(report)) == ("untrusted", True)
+    (small_bundle / "docs" / "link.md").symlink_to("/etc/passwd")
+    refused(small_bundle, "link.md", sums=False)
+
+
+def test_checksums(small_bundle):
+    text = small_bundle / "docs" / "README.md"
+    text.write_text("# blobs\n")
+    refused(small_bundle, "docs/README.md: has changed", sums=False)
+    write_sums(small_bundle)
+    (small_bundle / "docs" / "more.md").write_text("x")
+    refused(small_bundle, "docs/more.md: is not in SHA256SUMS", sums=False)
+    (small_bundle / "docs" / "more.md").unlink()
+    text.unlink()
+    refused(small_bundle, "docs/README.md: is missing", sums=False)
+    (small_bundle / "SHA256SUMS").unlink()
+    report = verify(small_bundle)
+    assert report.verdict == "trusted", "a bundle of the zoo has none"
+    assert "SHA256SUMS: there is none" in reasons(report)
+
+
+def test_weights_that_do_not_fit(small_bundle):
+    models = small_bundle / "models"
+    state = torch.load(models / "model.pt", weights_only=True)
+    first = next(iter(state))
+    torch.save({**state, first: state[first] + 1}, models / "model.pt")
+    refused(small_bundle, f"holds other weights than models/model.pt: {first}")
+    wide = {**state, first: torch.zeros(5, 1, 3, 3)}
+    torch.save(wide, models / "model.pt")
+    save_file(wide, models / "model.safetensors")
+    refused(small_bundle, f"does not fit the network: {first} is float32 [5, 1, 3, 3] in the file")
+    (models / "network_layout.json").write_text("[1, 2")
+    refused(small_bundle, "network_layout.json")
+
+
+def test_structure(small_bundle, edit):
+    refused(edit(a="@b", b="$@a + 1"), "goes in a circle")
+    refused(edit(a=1, b="@nothing"), "@nothing is not there")
+    refused(edit(b=1, c="%../../secret.json::key"), "outside of blobs")
+    refused(edit(c="%/etc/hostname.json"), "outside of blobs")
+    refused(edit(c="%configs/gone.json::key"), "not in the bundle")
+    refused(edit(c="%d", d="%c"), "circle")
+    config = small_bundle / "configs" / "inference.json"
+    before = config.read_text()
+    config.write_text('{"a":' * 10**6 + "1" + "}" * 10**6)
+    refused(small_bundle, "nested deeper")
+    config.write_text(before)
+    (small_bundle / "configs" / "extra.yaml").write_text("[" * 10**6)
+    refused(small_bundle, "nested deeper")
+    (small_bundle / "configs" / "extra.yaml").write_text("a: !!python/object/apply:os.system [x]")
+    refused(small_bundle, "could not determine a constructor")
+    (small_bundle / "configs" / "extra.yaml").unlink()
+    metadata = json.loads((small_bundle / "configs" / "metadata.json").read_text())
+    (small_bundle / "configs" / "metadata.json").write_text(json.dumps({**metadata, "version": 3, "task": ""}))
+    refused(small_bundle, "metadata.json: version")
+    (small_bundle / "configs" / "metadata.json").unlink()
+    refused(small_bundle, "no MONAI bundle")
+
+
+def test_zips(small_bundle, tmp_path):
+    """What only a zip can do to its reader; more of it in test_archive.py."""
+    good = tmp_path / "good.zip"
+    write_zip(small_bundle, good)
+    for name in ("../evil.txt", "/tmp/evil.txt", "blobs/../../evil.txt"):
+        bad = tmp_path / "bad.zip"
+        shutil.copy(good, bad)
+        with zipfile.ZipFile(bad, "a") as archive:
+            archive.writestr(name, "x")
+        assert verify(bad).verdict == "refused"
+    content = good.read_bytes()
+    (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
+    assert verify(tmp_path / "cut.zip").verdict == "refused"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("blobs/zeros.png", "w") as big:
+        for _ in range(160):
+            big.write(bytes(2**20))
+    (tmp_path / "bomb.zip").write_bytes(buffer.getvalue())
+    start = time.perf_counter()
+    report = verify(tmp_path / "bomb.zip")
+    assert report.verdict == "refused", reasons(report)
+    assert time.perf_counter() - start < 5
+    changed = bytearray(content)
+    changed[len(changed) // 3] ^= 1
+    (tmp_path / "bit.zip").write_bytes(changed)
+    assert verify(tmp_path / "bit.zip").verdict == "refused", "one changed bit"
+
+
+def test_signature(small_bundle, tmp_path):
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+    from medseg.bundles.signature import sign
+
+    for name in ("mine", "other"):
+        key = Ed25519PrivateKey.generate()
+        (tmp_path / name).write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / f"{name}.pub").write_bytes(public)
+    target = tmp_path / "blobs_v0.1.0.zip"
+    digest = write_zip(small_bundle, target)
+    public = tmp_path / "mine.pub"
+    assert "is not signed" in reasons(verify(target, public))
+    signature = target.with_name(f"{target.name}.sig")
+    signature.write_bytes(sign(digest, tmp_path / "mine"))
+    report = verify(target, public)
+    assert (report.verdict, report.signed_by.startswith("SHA256:")) == ("trusted", True)
+    assert verify(target, tmp_path / "other.pub").verdict == "refused"
+    assert "over the zip" in reasons(verify(small_bundle, public))
+    # the same files in another zip, and another weight file with its checksums made right
+    with zipfile.ZipFile(target) as archive, zipfile.ZipFile(tmp_path / "again.zip", "w") as again:
+        for name in archive.namelist():
+            again.writestr(zipfile.ZipInfo(name), archive.read(name))
+    shutil.copy(tmp_path / "again.zip", target)
+    assert verify(target).verdict == "trusted"
+    assert verify(target, public).verdict == "refused", "re-zipped"
+    state = torch.load(small_bundle / "models" / "model.pt", weights_only=True)
+    swapped = {k: torch.zeros_like(v) for k, v in state.items()}
+    torch.save(swapped, small_bundle / "models" / "model.pt")
+    save_file(swapped, small_bundle / "models" / "model.safetensors")
+    write_sums(small_bundle)
+    write_zip(small_bundle, target)
+    assert verify(target).verdict == "trusted", "no check but the signature can know the author's weights"
+    assert verify(target, public).verdict == "refused", "swapped weights"
