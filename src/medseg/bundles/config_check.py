@@ -337,9 +337,13 @@ def unused_keys(config: Config, used: set[str] | frozenset[str] = frozenset()) -
     roots = {*MONAI_KEYS, "imports", "displayable_configs", *(p for part in PROPERTIES[kind] for p in part)}
     targets = {r for key, value in walk(config) if isinstance(value, str) for r in _safe_references(value, key)} | used
 
+    read: set[str] = set()  # every id that is read, and everything above it
+    for target in (*targets, *roots):
+        parts = target.split(SEPARATOR)
+        read |= {SEPARATOR.join(parts[: i + 1]) for i in range(len(parts))}
+
     def is_used(key: str) -> bool:
-        inside = f"{key}{SEPARATOR}"
-        return any(key == t or t.startswith(inside) or key.startswith(f"{t}{SEPARATOR}") for t in (*targets, *roots))
+        return key in read or key.rpartition(SEPARATOR)[0] in targets
 
     for key, value in config.items():
         if not is_used(key):

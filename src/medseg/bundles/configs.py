@@ -132,11 +132,16 @@ def get(config: Any, path: list[str]) -> Any:
 
 def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Every value in a config with its id, e.g. ``train::trainer::max_epochs``; parents before children."""
-    if key:
-        yield key, value
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in children:
-        yield from walk(child, f"{key}{SEPARATOR}{name}" if key else str(name))
+    todo = [(key, value)]
+    while todo:
+        key, value = todo.pop()
+        if key:
+            yield key, value
+        above = f"{key}{SEPARATOR}" if key else ""
+        if isinstance(value, dict):
+            todo += [(f"{above}{name}", child) for name, child in reversed(value.items())]
+        elif isinstance(value, list):
+            todo += [(f"{above}{i}", value[i]) for i in range(len(value) - 1, -1, -1)]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

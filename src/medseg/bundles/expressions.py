@@ -48,6 +48,8 @@ def absolute(value: str, key: str) -> str:
         ValueError: if an id leads out of the config.
     """
     value = value.replace("#", SEPARATOR)
+    if "@::" not in value and "%::" not in value:
+        return value
     path = key.split(SEPARATOR)
     for prefix in sorted(set(_RELATIVE.findall(value)), reverse=True):
         up = prefix[1:].count(SEPARATOR)
@@ -59,6 +61,8 @@ def absolute(value: str, key: str) -> str:
 
 def references(value: str) -> list[str]:
     """Ids that a text refers to: the whole text, or anywhere in an expression (also inside its strings)."""
+    if "@" not in value:
+        return []
     value = value.replace("#", SEPARATOR)
     found = dict.fromkeys(_ID.findall(value))
     return [item[1:] for item in found if is_expression(value) or item == value]
