@@ -317,7 +317,7 @@ def install(
     done = run_it(source, into, allow_untrusted=allow_untrusted, trusted_key=trusted, version=version)
     what = "is there already" if done.already else "installed"
     print(f"{done.name} {done.version} ({done.verdict}) {what}: {done.path}")
-    run = "python -m monai.bundle run --config_file configs/inference.json --dataset_dir FOLDER"
+    run = "python -m monai.bundle run --config_file configs/inference.json --dataset_dir FOLDER --output_dir ../masks"
     print(f"segment:  cd {done.path} && {run}")
 
 

@@ -92,7 +92,31 @@ ATTACKS: dict[str, tuple[object, str]] = {
     "instantiate": ({"_target_": "monai.utils.instantiate", "path": "os.system"}, "is not on the list"),
     "bundle run": ("$monai.bundle.run(config_file='x.json')", "is not on the list"),
     "unpickle": ("$torch.load(@ckpt_path, weights_only=False)", "unpickling runs code"),
-    "unpickle by a variable": ("$torch.load(@ckpt_path, **{'weights_only': False})", "computed"),
+    "unpickle by a variable": ("$torch.load(@ckpt_path, **{'weights_only': False})", "unpickling"),
+    "unpickle by a computed name": ("$torch.load(@ckpt_path, **{'weights' + '_only': False})", "computed"),
+    "unpickle later": ("$functools.partial(torch.load, weights_only=False)", "unpickling"),
+    "builtins of a module": ("$os.path.__builtins__['eval']('1')", "private"),
+    "module of a module": ("$os.path.os.replace('a.txt', 'nrrd.py')", "os.path.os"),
+    "globals of a function": ("$torch.backends.disable_global_flags.__globals__", "private"),
+    "imported module by reference": ("$@imports::1.replace('a', 'b')", "refers to an import"),
+    "names of references": ("$__local_refs.update({'device': 1})", "private"),
+    "reader in an expression": ("$monai.transforms.LoadImage('torch.os.system', command='x')", "component"),
+    "reader by a keyword": ("$@make(reader='exec')", "imported by its name"),
+    "computed reader": ({"_target_": "LoadImage", "reader": "$'torch.os.' + 'system'"}, "computed"),
+    "built reader": ({"_target_": "LoadImage", "reader": {"_target_": "builtins.str", "object": "x"}}, "computed"),
+    "reader for later": ({"_target_": "LoadImage", "_mode_": "callable"}, "arguments are not seen"),
+    "numpy's reader": ({"_target_": "LoadImage", "reader": "NumpyReader"}, "none of MONAI's"),
+    "debug switch": ({"_target_": "UNet", "_debug_": True}, "debugger"),
+    "traced operations": ("$torch.utils.data.datapipes.dataframe.dataframes.Capture()", "not on the list"),
+    "log file of code": ({"_target_": "LogfileHandler", "output_dir": ".", "filename": "nrrd.py"}, "not on the list"),
+    "registering by name": ({"_target_": "monai.networks.nets.FlexUNetEncoderRegister"}, "not on the list"),
+    "default download": ({"_target_": "EfficientNetBN", "model_name": "efficientnet-b0"}, "unless pretrained says no"),
+    "default download of smp": ({"_target_": "segmentation_models_pytorch.Unet"}, "unless encoder_weights says no"),
+    "download by reference": ({"_target_": "DenseNet121", "pretrained": "@amp"}, "download"),
+    "table from the network": ({"_target_": "CSVDataset", "src": "x.csv"}, "not on the list"),
+    "process group": ("$torch.distributed.init_process_group('gloo', init_method='tcp:' + '//x')", "address"),
+    "import by find_spec": ("$find_spec('antigravity.x')", "find_spec"),
+    "hidden metadata": ("_meta_", "hides the metadata"),
     "numpy pickle": ("$np.load('x.npy', allow_pickle=True)", "numpy.load"),
     "pickle": ({"_target_": "pickle.loads", "data": "x"}, "pickle.loads"),
     "hub": ("$torch.hub.load('a/b', 'c')", "torch.hub"),
@@ -130,7 +154,13 @@ def test_attack_by_config(name, edit):
     value, expected = ATTACKS[name]
     is_import = str(value).startswith(("$import ", "$from "))
     imports = [*INFERENCE["imports"], value] if is_import else INFERENCE["imports"]
-    report = verify(edit(imports=imports, name="UNet", extra=value, run=["$@evaluator.run()", "$@extra"]))
+    if "functools" in str(value):
+        imports = [*imports, "$import functools"]
+    if "find_spec" in str(value):
+        imports = [*imports, "$from importlib.util import find_spec"]
+    more = {"_meta_": {"version": "1"}} if value == "_meta_" else {}
+    run = ["$@evaluator.run()", "$@extra"]
+    report = verify(edit(imports=imports, name="UNet", amp=True, extra=value, run=run, **more))
     if name == "import from":  # the name may be imported; using it may not
         report = verify(edit(imports=imports, extra=f"$system('{RUN}')"))
         expected = "os.system is not on the list"
@@ -140,9 +170,48 @@ def test_attack_by_config(name, edit):
     shutil.rmtree(report.path)
 
 
-def test_reader_by_reference(edit):
-    transforms = {"_target_": "LoadImaged", "keys": "image", "reader": "@which"}
-    assert "none of MONAI's" in reasons(verify(edit(which="breakpoint", preprocessing=transforms)))
+def test_what_is_put_together_from_several_places(edit, small_bundle):
+    """References, keys that are laid over others, metadata and other configs: all are seen before MONAI sees them."""
+    load = {"_target_": "LoadImaged", "keys": "image", "reader": "@which"}
+    assert verify(edit(which="PILReader", preprocessing=load)).verdict == "trusted"
+    assert "none of MONAI's" in reasons(verify(edit(which="breakpoint", preprocessing=load)))
+    assert "none of MONAI's" in reasons(verify(edit(which="@other", other="exec", preprocessing=load)))
+    edit(which="PILReader", preprocessing=load)
+    other = small_bundle / "configs" / "other.json"
+    for content, expected in (
+        ({"which": "exec"}, "none of MONAI's"),
+        ({"preprocessing::reader": "exec"}, "none of MONAI's"),
+        ({"preprocessing#_target_": "torch.os.system"}, "os.system"),
+        ({"imports": ["$from subprocess import run as glob"]}, "glob already means glob"),
+    ):
+        other.write_text(json.dumps(content))
+        write_sums(small_bundle)
+        report = verify(small_bundle)
+        assert report.verdict == "untrusted"
+        assert expected in reasons(report)
+    other.unlink()
+    report = verify(edit(**{"extra": {"_target_": "UNet"}, "extra::_target_": "monai.utils.misc.os.system"}))
+    assert "really os.system" in reasons(report)
+    metadata = small_bundle / "configs" / "metadata.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "which": "exec", "run": "$eval('1')"}))
+    report = verify(edit(preprocessing={**load, "reader": "@_meta_::which"}))
+    assert "none of MONAI's" in reasons(report)
+    assert "builtins.eval" in reasons(report)
+    refused(edit(extra="%::::which"), "not written plainly", sums=False)
+    refused(edit(extra="%a\nconfigs/e.json::k"), "not written plainly", sums=False)
+
+
+@pytest.mark.parametrize("name", [".pdbrc", ".git/config", "docs/.hidden", "models/plain", "nrrd.pyc"])
+def test_hidden_and_nameless_files(name, small_bundle):
+    (small_bundle / name).parent.mkdir(exist_ok=True)
+    (small_bundle / name).write_text("import os")
+    refused(small_bundle, f"{name}: a bundle has no use for")
+
+
+def test_arrays_that_are_none(small_bundle):
+    """NumPy unpickles what has not its magic, whatever the pickle's protocol is."""
+    (small_bundle / "docs" / "case.npy").write_bytes(b"S'" + b"a" * 5000 + b"'\n0cos\nsystem\n(S'x'\ntR.")
+    refused(small_bundle, "docs/case.npy: is no array")
 
 
 def test_logging_config_is_code(small_bundle):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import re
 import shutil
@@ -272,6 +273,7 @@ def _from_hub(source: str, folder: Path, version: str | None) -> Path:
             raise ConnectionError(f"{source} cannot be downloaded: {variable} is set; unset it to allow downloads")
     from monai.bundle import download
 
+    logging.getLogger("monai.bundle.scripts").setLevel(logging.WARNING)  # it lists its arguments
     name = match["name"] or match["zoo"]
     where = {"source": "huggingface_hub", "repo": match["repo"]} if match["repo"] else {"source": "monaihosting"}
     try:

@@ -78,7 +78,7 @@ def promote(run: Path, task: str | None = None, version: str | None = None, note
 def describe_data(provenance: dict[str, Any]) -> str:
     """What a run was trained on, in a sentence."""
     data = provenance.get("data", {})
-    sizes = ", ".join(f"{data[k]} {k.removesuffix('_items')}" for k in data if k.endswith("_items"))
+    sizes = ", ".join(f"{data[k]} {k.removesuffix('_items')}" for k in data if k.endswith("_items") and data[k] != "0")
     kinds = "; ".join(f"{k.removeprefix('data.')}: {v}" for k, v in data.items() if k.startswith("data."))
     words = [data.get("name", ""), data.get("description", ""), f"items: {sizes}" if sizes else "", kinds]
     hashed = provenance.get("datalist_sha256")

@@ -143,7 +143,8 @@ def _of_run(weights: Path, run: Path, bundle: Bundle) -> Release:
 def _typical(pictures: list[Path], run: Path) -> list[Path]:
     """At most three: the run's own worst, median and best, or the first, the middle and the last."""
     if (run / OVERLAYS / "median.png").is_file():
-        return [run / OVERLAYS / f"{name}.png" for name in ("best", "median", "worst")]
+        found = {f.read_bytes(): f for n in ("worst", "median", "best") if (f := run / OVERLAYS / f"{n}.png").is_file()}
+        return list(found.values())[::-1]  # of very few cases, one may be two of them
     return pictures if len(pictures) < 4 else [pictures[0], pictures[len(pictures) // 2], pictures[-1]]
 
 

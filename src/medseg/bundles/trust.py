@@ -1,9 +1,9 @@
 """Judging what a config would run, against a list of what is known to be harmless. Nothing is run or imported.
 
 A config is code: ``_target_`` names anything that Python can import and ``$`` is evaluated. Here every name in it is
-traced to where the installed packages really define it, and compared with the list below. What is not on the list, or
-cannot be traced, is not trusted. The list keeps out running programs and code, importing by name, the network, reading
-pickles and writing files other than by MONAI's and medseg's own writers of images, tables and weights.
+traced to where the installed packages really define it, and compared with a list. What is not on the list, or
+cannot be traced, is not trusted. The list (:mod:`medseg.bundles.harmless`) keeps out running programs and code,
+importing by name, the network, reading pickles and writing files other than by writers of images, tables and weights.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import ast
 import builtins
 import configparser
+import functools
+import importlib.machinery
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from medseg.bundles.configs import SEPARATOR, Config, get, walk
 from medseg.bundles.expressions import (
@@ -27,108 +29,30 @@ from medseg.bundles.expressions import (
     is_expression,
     own_names,
     parse_expression,
+    references,
+)
+from medseg.bundles.harmless import (
+    ATTRIBUTES,
+    COMPONENTS_ONLY,
+    DEFINED,
+    FETCHED_BY_DEFAULT,
+    FETCHING,
+    IMPORTERS,
+    MODULES,
+    NAMED,
+    READER_CLASSES,
+    READERS,
+    SPECIAL,
 )
 from medseg.bundles.targets import find_target, index_monai
 
-#: Full names, where they are defined. Of packages that come as Python source the definition itself must be found.
-DEFINED = [
-    r"monai\.(transforms|losses|inferers|metrics|engines|optimizers|visualize)\.[\w.]+",
-    r"monai\.networks\.(nets|blocks|layers|schedulers)\.(?!\w+\.(get_pretrained|\w*download))[\w.]+",
-    r"monai\.networks\.utils\.(one_hot|copy_model_state|normal_init|icnr_init|pixelshuffle|freeze_layers)",
-    r"monai\.handlers\.(?!mlflow|clearml|trt)\w+\.\w+",
-    r"monai\.data\.dataloader\.DataLoader",
-    r"monai\.data\.thread_buffer\.\w+",
-    r"monai\.data\.dataset\.(Dataset|CacheDataset|SmartCacheDataset|ArrayDataset|ZipDataset|NPZDictItemDataset|CSVDataset|DatasetFunc)",
-    r"monai\.data\.(grid_dataset|iterable_dataset|image_dataset|samplers|box_utils|meta_tensor|image_reader)\.\w+",
-    r"monai\.data\.decathlon_datalist\.(load_decathlon_datalist|load_decathlon_properties)",
-    r"monai\.data\.utils\.(list_data_collate|pad_list_data_collate|decollate_batch|partition_dataset\w*|no_collation)",
-    r"monai\.apps\.(detection|deepedit|deepgrow|vista3d|nuclick|generation|reconstruction|pathology)\.[\w.]+",
-    r"monai\.utils\.misc\.(set_determinism|first|ensure_tuple\w*|fall_back_tuple|is_scalar|list_to_dict)",
-    r"monai\.utils\.enums\.\w+(\.\w+)?",
-    r"medseg\.(metrics|calibration)\.(?!write_)\w+",
-    r"medseg\.bundles\.running\.(readable_output|check_arguments)",
-    r"medseg\.io\.(datalist|images|overlay|predictions)\.(?!write_)\w+",
-    r"medseg\.training\.\w+\.(?!write_|save_)\w+",
-    r"medseg\.tracking\.recorder\.MLflowRecorder",
-    r"medseg\.(crf|detection)\.[\w.]+",
-    r"medseg\.tasks\.\w+\.(?!simulate|demo|paper|import)\w+\.(?!write_|save_)\w+",
-    r"segmentation_models_pytorch\.(decoders\.\w+\.\w+|losses\.\w+)\.[A-Z]\w*",
-    r"pytorch_lightning\.callbacks\.[\w.]*[A-Z]\w*",
-    r"lightning\.pytorch\.callbacks\.[\w.]*[A-Z]\w*",
-    r"torchvision\.(models|ops)\.[\w.]+",
-    r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*",
-    r"torch\.nn\.(parallel\.distributed\.)?DistributedDataParallel|ignite\.metrics\.[\w.]+",
-    r"torch\.nn\.functional\.[a-z]\w*",
-    r"torch\.nn\.(init|utils)\.[a-z]\w*_",
-    r"torch\.optim\.(\w+\.)?[A-Z]\w*",
-    r"torch\.utils\.data\.(\w+\.)*[A-Z]\w*",
-    r"pydicom\.misc\.is_dicom",
-]
-
-#: Full names of what has no Python source, or belongs to Python itself.
-NAMED = [
-    r"torch\.(device|dtype|Tensor|Size|bool|uint8|int8|int16|int32|int64|long|float|float16|float32|float64|half|double)",
-    r"torch\.(bfloat16|channels_last|channels_last_3d|contiguous_format|preserve_format|inf|pi|nan)",
-    r"torch\.(tensor|as_tensor|from_numpy|zeros|ones|full|arange|linspace|eye|stack|cat|where|sum|mean|abs|argmax|max|min)",
-    r"torch\.(sigmoid|softmax|exp|log|sqrt|clamp|round|any|all|isnan|isfinite|manual_seed|no_grad|is_tensor|randn|rand)",
-    r"torch\.cuda\.(is_available|device_count|current_device|is_bf16_supported)",
-    r"torch\.cuda\.amp\.GradScaler|torch\.amp\.(GradScaler|autocast)|torch\.jit\.load|torch\.load",
-    r"torch\.distributed\.(is_available|is_initialized|get_rank|get_world_size|init_process_group|destroy_process_group)",
-    r"torch\.nn\.SyncBatchNorm\.convert_sync_batchnorm",
-    r"monai\.networks\.layers\.(factories\.)?(Norm|Act|Conv|Pool|Dropout|Pad)(\.[A-Z0-9]+)?",
-    r"torch\.backends\.\w+(\.\w+)?",
-    r"numpy\.(u?int(8|16|32|64|p)?|float(16|32|64|_)?|bool_?|single|double|pi|inf|nan|newaxis|ndarray|dtype|iinfo|finfo)",
-    r"numpy\.(array|asarray|zeros|ones|full|arange|linspace|eye|stack|concatenate|where|unique|sort|argsort|argmax|argmin)",
-    r"numpy\.(sum|mean|std|var|abs|max|min|maximum|minimum|prod|cumsum|round|floor|ceil|sqrt|exp|log|clip|any|all|isnan)",
-    r"numpy\.(isfinite|percentile|quantile|median|transpose|moveaxis|expand_dims|squeeze|flip|rot90|count_nonzero|nonzero)",
-    r"numpy\.random\.(seed|RandomState|default_rng)",
-    r"os\.path\.\w+|posixpath\.\w+|ntpath\.\w+|genericpath\.\w+",
-    r"os\.(getpid|getcwd|sep|cpu_count|listdir|environ\.get|fspath)",
-    r"glob\.(glob|iglob|escape)|fnmatch\.\w+|math\.\w+|re\.[A-Za-z]\w*|string\.\w+|itertools\.\w+|statistics\.\w+",
-    r"functools\.(partial|reduce)|collections\.(OrderedDict|defaultdict|Counter)|copy\.(copy|deepcopy)",
-    r"time\.(strftime|time|perf_counter)|datetime\.(datetime|date|timedelta)(\.(now|today|utcnow))?|random\.(seed|Random)",
-    r"sys\.(stderr|stdout)(\.isatty)?|sys\.(platform|version_info|maxsize)|platform\.(system|machine|python_version)",
-    r"importlib\.util\.find_spec|logging\.(getLogger|INFO|WARNING|ERROR|DEBUG)|warnings\.(filterwarnings|simplefilter)",
-    r"builtins\.(abs|all|any|bool|dict|divmod|enumerate|filter|float|frozenset|int|isinstance|len|list|map|max|min|pow|print)",
-    r"builtins\.(range|reversed|round|set|slice|sorted|str|sum|tuple|zip|True|False|None|repr|callable|issubclass|complex)",
-    r"builtins\.(\w+Error|Exception|Ellipsis|NotImplemented)",
-]
-
-#: Modules that an import may name as a whole: importing them does nothing else. Their parts are judged where used.
-MODULES = (
-    r"(os|sys|glob|fnmatch|math|re|json|string|itertools|statistics|functools|collections|copy|time|datetime|random|pathlib"
-    r"|platform|logging|warnings|typing|numpy|torch|monai|ignite|medseg|torchvision|pytorch_lightning|scipy|skimage)"
-    r"(\.[a-z]\w*)*|os\.path|segmentation_models_pytorch"
-)
-
-#: Attributes and methods of values that nothing harmful hides behind, whatever the value is.
-_WORDS = """
-T add all any append argmax as_tensor astype bool capitalize ceil chunk clamp clone close contiguous copy count cpu
-cuda data detach device difference dim dtype endswith epoch eval exp expand extend extra fill find flatten flip
-float floor format get groups half index indices initialize int intersection is_cuda isalnum isalpha isatty
-isdecimal isdigit isidentifier islower isnumeric isspace isupper items itemsize iteration join keys layers
-load_state_dict log long lower lstrip match max max_epochs mean meta metrics min named_parameters ndim network
-nonzero numel numpy optimizer output param_groups parameters partition permute pop pred prod ravel removeprefix
-removesuffix repeat replace requires_grad reshape resolve rfind round rpartition rsplit rstrip run search seed shape
-sigmoid size softmax sort split splitext sqrt squeeze stack startswith state state_dict stem stop stride strip sub
-suffix sum swapcase tell tensor title to tolist top train transforms transpose type union unsqueeze update upper val
-values view zero_grad zfill zip
-"""
-ATTRIBUTES = frozenset(_WORDS.split())
-
-#: How MONAI's readers and writers are named; any other value of these arguments is imported by name.
-READERS = re.compile(r"(itk|nibabel|numpy|pil|pydicom|nrrd|wsi)?(reader|writer)", re.IGNORECASE)
-
-#: Arguments that make a library fetch weights.
-FETCHING = {"pretrained", "use_pretrained", "encoder_weights", "weights_backbone", "pretrained_backbone", "download"}
-
 _DEFINED = re.compile("|".join(f"(?:{p})" for p in DEFINED))
 _NAMED = re.compile("|".join(f"(?:{p})" for p in NAMED))
-_MODULES = re.compile(MODULES)
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
-__all__ = ["Use", "judge_config", "judge_logging"]
+__all__ = ["Use", "judge_configs", "judge_logging", "reason_for"]
 
 
 @dataclass(frozen=True)
@@ -150,42 +74,16 @@ class Use:
     reason: str = ""
 
 
-def judge_config(config: Config, file: str) -> list[Use]:
-    """Every target, expression and import of a config with its verdict, and every other value that is not trusted.
+def judge_configs(configs: Mapping[str, Config], metadata: Config) -> list[Use]:
+    """Every target, expression and import of a bundle with its verdict, and every other value that is not trusted.
+
+    The configs are judged together, because any of them can be laid over any other on the command line.
 
     Args:
-        config: content, its macros resolved.
-        file: its name.
+        configs: content by file name, macros resolved.
+        metadata: content of ``metadata.json``, which expressions can refer to.
     """
-    imported, uses, expressions = dict(GIVEN), [], []
-    for key, value in walk(config):
-        if isinstance(value, dict) and "_target_" in value:
-            uses.append(Use(file, key, "target", str(value["_target_"]), _target_reason(value["_target_"])))
-            uses += [
-                Use(file, f"{key}::{k}", "value", f"{k}: {v}"[:200], why) for k, v, why in _arguments(value, config)
-            ]
-        elif is_expression(value):
-            try:
-                tree = parse_expression(absolute(value, key))
-            except ValueError as error:
-                uses.append(Use(file, key, "expression", value[:200], f"cannot be read: {error}"[:300]))
-                continue
-            if isinstance(tree, ast.Expression):
-                expressions.append((key, value, tree))
-            else:
-                name, full = imported_name(tree)
-                reason = _import_reason(tree, full)
-                if imported.setdefault(name, full) != full:
-                    reason = f"{name} already means {imported[name]}"
-                uses.append(Use(file, key, "import", value[:200], reason))
-        elif isinstance(value, str):
-            reason = _text_reason(value, key.rpartition("::")[2])
-            if reason:
-                uses.append(Use(file, key, "value", value[:200], reason))
-    for key, value, tree in expressions:
-        reasons = dict.fromkeys(_expression_reasons(tree, imported))
-        uses.append(Use(file, key, "expression", value[:300], "; ".join(reasons)[:300]))
-    return uses
+    return _Judge(configs, metadata).judge()
 
 
 def judge_logging(text: str, file: str) -> list[Use]:
@@ -213,8 +111,11 @@ def judge_logging(text: str, file: str) -> list[Use]:
     return uses
 
 
+@functools.cache
 def reason_for(name: str) -> str:
     """Why a full dotted name is not trusted; empty if it is."""
+    if any(part.startswith("_") for part in name.split(".")):
+        return f"{name} is private"
     try:
         target = find_target(name)
     except ModuleNotFoundError as error:
@@ -232,95 +133,249 @@ def reason_for(name: str) -> str:
     return f"{name}{real} is not on the list of harmless names"
 
 
-def _target_reason(target: object) -> str:
-    if not isinstance(target, str) or target[:1] in ("$", "@", "%"):
-        return "the target is computed, so it cannot be judged"
+class _Judge:
+    """What is known of a bundle while its values are judged."""
+
+    def __init__(self, configs: Mapping[str, Config], metadata: Config) -> None:
+        self.configs, self.metadata = configs, metadata
+        self.imported = dict(GIVEN)
+        self.uses: list[Use] = []
+        self.expressions: list[tuple[str, str, str, ast.Expression]] = []
+
+    def judge(self) -> list[Use]:
+        # metadata are part of the config under this name, and their expressions are evaluated when they are referred to
+        for file, config in {**self.configs, "configs/metadata.json": {"_meta_": self.metadata}}.items():
+            for key, value in walk(config):
+                name = key.replace("#", SEPARATOR).rpartition(SEPARATOR)[2].removeprefix("+")
+                self.look_at(file, key, name, value)
+        for file, key, value, tree in self.expressions:  # when all imports are known
+            reasons = dict.fromkeys([*self.reference_reasons(key, value), *_expression_reasons(tree, self.imported)])
+            self.uses.append(Use(file, key, "expression", value[:300], "; ".join(reasons)[:300]))
+        return self.uses
+
+    def look_at(self, file: str, key: str, name: str, value: Any) -> None:
+        def add(kind: str, reason: str, text: object = value) -> None:
+            self.uses.append(Use(file, key, kind, str(text)[:300], reason))
+
+        if key == "_meta_" and file != "configs/metadata.json":
+            add("value", "hides the metadata", "_meta_")
+        if name == "_target_":
+            add("target", _target_reason(value))
+        elif name in SPECIAL or name in FETCHING:
+            reason = self.special_reason(name, value)
+            if reason:
+                add("value", reason, f"{name}: {value}")
+        if isinstance(value, dict) and "_target_" in value:
+            for reason in self.component_reasons(value):
+                add("value", reason, value["_target_"])
+        if is_expression(value):
+            self.look_at_expression(file, key, value)
+        elif isinstance(value, str) and name != "_target_" and not key.startswith("_meta_"):
+            reason = _text_reason(value, name)
+            if reason:
+                add("value", reason)
+
+    def look_at_expression(self, file: str, key: str, value: str) -> None:
+        try:
+            tree = parse_expression(absolute(value, key))
+        except ValueError as error:
+            self.uses.append(Use(file, key, "expression", value[:300], f"cannot be read: {error}"[:300]))
+            return
+        if isinstance(tree, ast.Expression):
+            self.expressions.append((file, key, value, tree))
+            return
+        name, full = imported_name(tree)
+        reason = _import_reason(tree, full)
+        if name.startswith("_") or self.imported.setdefault(name, full) != full:
+            reason = f"{name} already means {self.imported.get(name, 'something private')}"
+        self.uses.append(Use(file, key, "import", value[:300], reason))
+
+    def meanings(self, value: Any, depth: int = 0) -> list[Any]:
+        """What a value may be: of a reference, whatever any config of the bundle has there."""
+        if not (isinstance(value, str) and value[:1] == "@"):
+            return [value]
+        path = value[1:].replace("#", SEPARATOR).split(SEPARATOR)
+        found = [get({**c, "_meta_": self.metadata}, path) for c in self.configs.values()]
+        found += [
+            v for c in self.configs.values() for k, v in c.items() if k.replace("#", SEPARATOR) == SEPARATOR.join(path)
+        ]
+        found = [f for f in found if f is not None]
+        return [m for f in found for m in self.meanings(f, depth + 1)] if depth < 20 and found else [value]
+
+    def special_reason(self, name: str, value: Any) -> str:
+        """Arguments through which a trusted component would do untrusted things."""
+        for meaning in self.meanings(value):
+            if name in ("reader", "writer"):
+                for each in meaning if isinstance(meaning, list) else [meaning]:
+                    if not self.is_reader(each):
+                        return f"the {name} is imported by its name, and this is none of MONAI's, or computed"
+            elif name in FETCHING:
+                if meaning not in (None, False, "", "$None", "$False"):
+                    return "makes the library download weights"
+            elif meaning not in SPECIAL[name][0]:
+                return SPECIAL[name][1]
+        return ""
+
+    def is_reader(self, value: Any) -> bool:
+        if isinstance(value, str) and value[:1] == "@":
+            return all(self.is_reader(m) for m in self.meanings(value) if m != value) and self.meanings(value) != [
+                value
+            ]
+        if isinstance(value, dict):
+            return READER_CLASSES.fullmatch(str(value.get("_target_"))) is not None
+        return value is None or (isinstance(value, str) and READERS.fullmatch(value) is not None)
+
+    def component_reasons(self, component: Config) -> Iterator[str]:
+        """What a component does by default that only an argument can stop."""
+        name = _full_name(component["_target_"])
+        target = find_target(name) if name and not reason_for(name) else None
+        if target is None:
+            return
+        for pattern, argument in FETCHED_BY_DEFAULT.items():
+            if re.fullmatch(pattern, target.name) and argument not in component:
+                yield f"downloads weights unless {argument} says no"
+        if target.name.startswith("torchvision.models.") and component.get("weights") is not None:
+            yield "downloads weights"
+        if IMPORTERS.fullmatch(target.name) and component.get("_mode_", "default") != "default":
+            yield "is prepared for a call whose arguments are not seen"
+
+    def reference_reasons(self, key: str, value: str) -> Iterator[str]:
+        """An import that is referred to is a module, and the attributes of modules are not judged."""
+        for reference in references(absolute(value, key)):
+            for meaning in self.meanings(f"@{reference}"):
+                for each in meaning if isinstance(meaning, list) else [meaning]:
+                    if isinstance(each, str) and re.match(r"\$\s*(import|from)\b", each):
+                        yield f"@{reference} refers to an import"
+
+
+def _full_name(target: object) -> str:
+    """The dotted name of a target; empty if it has none."""
+    if not isinstance(target, str):
+        return ""
     try:
         name = index_monai([target]).get(target, target) if target.isidentifier() else target
     except ModuleNotFoundError:
         name = target
-    return reason_for(name) if _DOTTED.fullmatch(name) else f"MONAI has no {target[:100]}"
+    return name if _DOTTED.fullmatch(name) else ""
 
 
-def _arguments(component: Config, config: Config) -> Iterator[tuple[str, object, str]]:
-    """Arguments through which a trusted component would do untrusted things."""
-    for name, value in component.items():
-        is_reference = isinstance(value, str) and value[:1] == "@"
-        literal = get(config, value[1:].replace("#", SEPARATOR).split(SEPARATOR)) if is_reference else value
-        if name == "_mode_" and literal not in ("default", "callable"):
-            yield name, value, "starts a debugger"
-        elif name in ("weights_only", "allow_pickle") and literal is not (name == "weights_only"):
-            yield name, value, "unpickles, and unpickling runs code"
-        elif name in ("reader", "writer"):
-            for each in literal if isinstance(literal, list) else [literal]:
-                if isinstance(each, str) and not READERS.fullmatch(each):
-                    yield name, each, f"the {name} is imported by its name, and this is none of MONAI's"
-        elif name in FETCHING and literal not in (None, False, "") and not is_reference:
-            yield name, value, "makes the library download weights"
+def _target_reason(target: object) -> str:
+    if not isinstance(target, str) or target[:1] in ("$", "@", "%"):
+        return "the target is computed, so it cannot be judged"
+    name = _full_name(target)
+    return reason_for(name) if name else f"MONAI has no {target[:100]}"
 
 
 def _import_reason(statement: ast.Import | ast.ImportFrom, full: str) -> str:
     if isinstance(statement, ast.ImportFrom) and statement.level:
         return "relative import"
-    return "" if _MODULES.fullmatch(full) else reason_for(full)
+    return "" if re.fullmatch(MODULES, full) else reason_for(full)
 
 
-def _expression_reasons(tree: ast.Expression, imported: dict[str, str]) -> Iterator[str]:
+def _expression_reasons(tree: ast.Expression, imported: Mapping[str, str]) -> Iterator[str]:
     own = own_names(tree)
-    hidden = sorted(n for n in own if n in imported or hasattr(builtins, n))
+    hidden = sorted(n for n in own if n in imported or hasattr(builtins, n) or n == REFERENCES)
     if hidden:  # the same word would mean two things in one expression
         yield f"gives another meaning to {', '.join(hidden)}"
-    switches = {node.func for node in ast.walk(tree) if _is_switch(node, imported)}
+    harmless = {n.func for n in ast.walk(tree) if _is_switch(n, imported)} | set(_reference_names(tree))
     for node, text, is_own in dotted_names(tree):
-        if node in switches:
+        if node in harmless:
             continue
         first, *attributes = text.split(".")
-        if text[0] == "." or is_own or first == REFERENCES:
+        if text[0] == "." or is_own:
             yield from (f".{a} is not on the list of harmless attributes" for a in attributes if a not in ATTRIBUTES)
         else:
             yield from _name_reasons(first, attributes, imported)
-    for node in ast.walk(tree):  # type: ignore[assignment]
-        if isinstance(node, ast.Call):
-            yield from _call_reasons(node, imported)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            reason = _text_reason(node.value, "", joined=_is_joined(tree, node))
+    for part in ast.walk(tree):
+        if isinstance(part, ast.Call):
+            yield from _call_reasons(part, imported)
+        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+            reason = _text_reason(part.value, "", joined=_is_joined(tree, part))
             if reason:
-                yield f"{node.value[:80]!r} {reason}"
+                yield f"{part.value[:80]!r} {reason}"
 
 
-def _is_switch(node: ast.AST, imported: dict[str, str]) -> TypeGuard[ast.Call]:
+def _reference_names(tree: ast.AST) -> Iterator[ast.expr]:
+    """Where the name that references become is used as MONAI writes it: ``__local_refs['key']``."""
+    for node in ast.walk(tree):
+        looked_up = node.value if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) else None
+        if isinstance(looked_up, ast.Name) and looked_up.id == REFERENCES:
+            yield looked_up
+
+
+def _is_switch(node: ast.AST, imported: Mapping[str, str]) -> TypeGuard[ast.Call]:
     """``setattr(torch.backends.cudnn, 'benchmark', True)``, which half of the zoo has and which changes no code."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr"):
         return False
     if len(node.args) != 3 or node.keywords or not all(isinstance(a, ast.Constant) for a in node.args[1:]):
         return False
-    first, _, rest = ast.unparse(node.args[0]).partition(".")
-    return re.fullmatch(r"torch\.backends\.(cudnn|cuda\.matmul)", f"{imported.get(first, '')}.{rest}") is not None
+    return _written_out(node.args[0], imported) == "torch.backends.cudnn"
 
 
-def _name_reasons(first: str, attributes: list[str], imported: dict[str, str]) -> Iterator[str]:
+def _written_out(node: ast.AST, imported: Mapping[str, str]) -> str:
+    """The full dotted name of a name with attributes; empty for anything else."""
+    text = ast.unparse(node)
+    first, *rest = text.split(".")
+    return ".".join([imported.get(first, f"builtins.{first}"), *rest]) if _NAME.fullmatch(text) else ""
+
+
+def _name_reasons(first: str, attributes: list[str], imported: Mapping[str, str]) -> Iterator[str]:
     full = imported.get(first, f"builtins.{first}")
+    if full == "torch" and attributes == ["backends", "cudnn"]:
+        return  # a module, of use to nothing but the switch
     reason = ""
     # what is trusted may be followed by harmless attributes of its value: torch.float32.itemsize
     for end in range(len(attributes), -1, -1):
-        why = reason_for(".".join([full, *attributes[:end]]))
+        name = ".".join([full, *attributes[:end]])
+        why = reason_for(name)
         if not why and all(a in ATTRIBUTES for a in attributes[end:]):
+            target = None if name.startswith("builtins.") else find_target(name)
+            if target is not None and COMPONENTS_ONLY.fullmatch(target.name):
+                yield f"{name} is trusted as a component (_target_) only, where its arguments are seen"
             return
         reason = reason or why
     yield reason or f"{'.'.join([full, *attributes])} is not on the list of harmless names"
 
 
-def _call_reasons(node: ast.Call, imported: dict[str, str]) -> Iterator[str]:
+def _call_reasons(node: ast.Call, imported: Mapping[str, str]) -> Iterator[str]:
+    name = _written_out(node.func, imported)
+    given: dict[str, object] = {}
     for keyword in node.keywords:
-        literal = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
-        if keyword.arg == "weights_only" and literal is not True:
-            yield "weights_only is not True: unpickling runs code"
-        elif keyword.arg in ("pickle_module", "allow_pickle") and literal is not False:
-            yield f"{keyword.arg}: unpickling runs code"
-        elif keyword.arg in FETCHING and literal not in (None, False):
-            yield f"{keyword.arg} makes the library download weights"
-        elif keyword.arg is None and ast.unparse(node.func).endswith("load"):
-            yield "arguments of load are computed"
+        if keyword.arg is not None:
+            given[keyword.arg] = _literal(keyword.value)
+        elif isinstance(keyword.value, ast.Dict) and all(_is_text(k) for k in keyword.value.keys):
+            given |= {_literal(k): _literal(v) for k, v in zip(keyword.value.keys, keyword.value.values, strict=True)}  # type: ignore[misc]
+        else:
+            yield "the names of arguments are computed"
+    for argument, value in given.items():
+        if argument in ("reader", "writer"):
+            if not (isinstance(value, str) and READERS.fullmatch(value)):
+                yield f"the {argument} is imported by its name, and this is none of MONAI's, or computed"
+        elif argument in FETCHING:
+            if value not in (None, False):
+                yield f"{argument} makes the library download weights"
+        elif argument in SPECIAL and value not in SPECIAL[argument][0]:
+            yield f"{argument}: {SPECIAL[argument][1]}"
+    if name == "torch.load" and len(node.args) > 2:
+        yield "torch.load with a pickle module unpickles, and unpickling runs code"
+    elif name == "torch.distributed.init_process_group" and (len(node.args) > 1 or set(given) - {"backend", "timeout"}):
+        yield "connects to an address that is not seen"
+    elif name == "importlib.util.find_spec" and not (
+        len(node.args) == 1 and isinstance(_literal(node.args[0]), str) and str(_literal(node.args[0])).isidentifier()
+    ):
+        yield "find_spec imports what is before a dot"
+
+
+_COMPUTED = object()
+
+
+def _literal(node: ast.AST | None) -> object:
+    """A constant's value; something unlike any value for what is computed."""
+    return node.value if isinstance(node, ast.Constant) else _COMPUTED
+
+
+def _is_text(node: ast.AST | None) -> bool:
+    return isinstance(_literal(node), str)
 
 
 def _is_joined(tree: ast.AST, constant: ast.Constant) -> bool:
@@ -334,15 +389,22 @@ def _is_joined(tree: ast.AST, constant: ast.Constant) -> bool:
 
 
 def _text_reason(text: str, name: str, joined: bool = False) -> str:
-    """Why a text is not trusted as a path or an address. Where the user's data lie may be anywhere."""
+    """Why a text is not trusted as a path, an address or a name. Where the user's data lie may be anywhere."""
     for scheme in _ADDRESS.findall(text):
         if scheme.lower() != "sqlite":
             return "is an address outside of this machine"
     if re.search(r"(^|[\\/])\.\.([\\/]|$)", text):
         return "leads out of the bundle"
-    if _DOTTED.fullmatch(text) and text.split(".")[0] in sys.stdlib_module_names and reason_for(text):
+    if re.search(r"\.(py|pyc|pyd|so|dll)$|(^|/)\.\w+rc$", text, re.IGNORECASE):
+        return "names a file of code"
+    if _DOTTED.fullmatch(text) and _is_importable(text.split(".")[0]) and reason_for(text):
         return "names something that a component might import and call"
     looks_absolute = re.match(r"(/\w|~|[A-Za-z]:[\\/]|\\\\)", text) is not None
     if looks_absolute and not joined and "data" not in name:
         return "is a path outside of the bundle"
     return ""
+
+
+@functools.cache
+def _is_importable(package: str) -> bool:
+    return package in sys.stdlib_module_names or importlib.machinery.PathFinder.find_spec(package) is not None

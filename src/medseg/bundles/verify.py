@@ -14,9 +14,9 @@ from typing import Any
 from medseg.bundles.archive import BundleFiles, Refused, file_sha256, open_bundle
 from medseg.bundles.check import schema_problems
 from medseg.bundles.config_check import cycles, missing_references
-from medseg.bundles.configs import MAX_DEPTH, SUFFIXES, Config, parse_config
+from medseg.bundles.configs import MAX_DEPTH, SUFFIXES, Config, lay_over, parse_config, walk
 from medseg.bundles.macros import resolve_macros
-from medseg.bundles.trust import Use, judge_config, judge_logging
+from medseg.bundles.trust import Use, judge_configs, judge_logging
 from medseg.bundles.weights import Layout, has_pickled_objects, read_layout, scan_program, tensor_digests
 
 SUMS = "SHA256SUMS"
@@ -30,6 +30,11 @@ DATA = {
     ".gif", ".tif", ".tiff", ".bmp", ".nii", ".gz", ".nrrd", ".mha", ".mhd", ".dcm", ".mrc", ".npy", ".npz", ".sig",
     ".pdf",
 }  # fmt: skip
+
+#: Files without a suffix that have a meaning, and hidden ones that the hub adds.
+PLAIN_NAMES = {"LICENSE", "NOTICE", "README", "CITATION", "VERSION", "SHA256SUMS", ".gitattributes", ".gitignore"}
+
+_PLAIN_MACRO = re.compile(r"%[\w./-]+((::|#)[\w-]+)*")
 
 #: Verdicts in rising order of trouble, and the exit code of each.
 VERDICTS = {"trusted": 0, "untrusted": 1, "refused": 1}
@@ -171,15 +176,22 @@ def _check_files(bundle: BundleFiles, report: Report) -> None:
     names = bundle.names()
     for name in names:
         suffix = PurePosixPath(name).suffix.lower()
-        if suffix == ".py":
+        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts) and name not in PLAIN_NAMES
+        if hidden or (not suffix and PurePosixPath(name).name not in PLAIN_NAMES):
+            report.add("refused", name, "a bundle has no use for a hidden file, or one without a known name")
+        elif suffix == ".py":
             report.add("untrusted", name, "Python code, which a config can name and run")
         elif suffix not in WEIGHTS | PROGRAMS | DATA:
             report.add("refused", name, f"a bundle has no use for a {suffix} file")
         if suffix not in WEIGHTS | PROGRAMS:
             with bundle.open(name) as file:
                 pickled = has_pickled_objects(name, file)
+                file.seek(0)
+                is_array = suffix != ".npy" or file.read(6) == b"\x93NUMPY"
             if pickled:
                 report.add("refused", name, pickled.removeprefix(f"{name}: "))
+            elif not is_array:
+                report.add("refused", name, "is no array of NumPy, which would then be unpickled")
     if "configs/metadata.json" not in names:
         report.add("refused", "configs/metadata.json", "is missing, so this is no MONAI bundle")
     report.checked["files"] = f"{len(names)}, of expected kinds" if not report.findings else f"{len(names)}"
@@ -204,7 +216,7 @@ def _check_sums(bundle: BundleFiles, report: Report) -> dict[str, str]:
     for name in sorted(set(expected) - set(sums)):
         report.add("refused", name, f"is missing, though {SUMS} has it")
     for name in sorted(set(sums) - set(expected) - {SUMS}):
-        report.add("refused", name, f"is not in {SUMS}: it was added later")
+        report.add("refused", name, f"is not in {SUMS}: it was added later (results belong outside: --output_dir)")
     report.checked["checksums"] = f"{len(expected) - len(wrong)} of {len(expected)} agree with {SUMS}"
     return sums
 
@@ -240,14 +252,15 @@ def _check_configs(bundle: BundleFiles, report: Report) -> None:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(bundle.read_bytes(name))
         configs = dict(_resolved(texts, root, report))
+    metadata = configs.pop("configs/metadata.json", {})
     everything: Config = {}
     for config in configs.values():
         everything = {**everything, **config}
+    # files outside of configs/ are only data, but MONAI would take any of them for a config
+    judged = judge_configs(configs, metadata)
+    report.uses += [u for u in judged if u.file.startswith("configs/") or u.kind != "value"]
     for name, config in configs.items():
-        is_config = name.startswith("configs/") and name != "configs/metadata.json"
-        # the others are only data, but MONAI would take any of them for a config
-        report.uses += [u for u in judge_config(config, name) if is_config or u.kind != "value"]
-        if is_config:
+        if name.startswith("configs/"):
             for key, message, _ in [*cycles(config), *missing_references(config, everything)]:
                 report.add("refused", f"{name}: {key}", message)
     if "configs/logging.conf" in bundle.names():
@@ -267,8 +280,13 @@ def _resolved(texts: list[str], root: Path, report: Report) -> Iterator[tuple[st
         if not name.startswith("configs/") and text.lstrip()[:1] == "[":  # a list of numbers, say
             text = f'{{"list": {text}}}'
         try:
-            config = parse_config(text, name)
-            yield name, resolve_macros(config, root, inside=root, on_problem=_on_problem(name, report))
+            # a key `a::b` is laid over the rest of its own file already
+            config, lost = lay_over({}, parse_config(text, name))
+            for key, value in walk(config):
+                if isinstance(value, str) and value.startswith("%") and not _PLAIN_MACRO.fullmatch(value):
+                    report.add("refused", f"{name}: {key}", f"macro {value[:80]!r} is not written plainly")
+            config = resolve_macros(config, root, inside=root, on_problem=_on_problem(name, report))
+            yield name, {**config, **{key: parse_config(text, name)[key] for key, _ in lost}}
         except (ValueError, RecursionError) as error:
             message = str(error) or f"nested deeper than {MAX_DEPTH} levels"
             report.add("refused", name, message.removeprefix(f"{name}: "))
