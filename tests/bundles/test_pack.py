@@ -192,6 +192,34 @@ def test_monais_own_loader(unpacked, monkeypatch):
     assert all(torch.equal(v, expected[k]) for k, v in network.state_dict().items())
 
 
+def test_what_monai_label_and_deploy_read(unpacked):
+    """Their published requirements; docs/sharing.md says which versions were really tried, and how."""
+    inference = json.loads((unpacked / "configs" / "inference.json").read_text())
+    train = json.loads((unpacked / "configs" / "train.json").read_text())
+    metadata = json.loads((unpacked / "configs" / "metadata.json").read_text())
+    # both: keys of the inference config, transforms as a Compose over dictionaries, an inferer of its own
+    assert {"network_def", "network", "preprocessing", "postprocessing", "inferer", "device"} <= set(inference)
+    for name in ("preprocessing", "postprocessing"):
+        assert inference[name]["_target_"] == "Compose"
+    load = [t for t in inference["load"] if t["_target_"] == "LoadImaged"]
+    assert [inference["keys"], load[0]["keys"]] == [["image"], "@keys"], "Label's wrapper of LoadImaged takes no more"
+    assert "allow_missing_keys" not in load[0]
+    assert any(".float()" in str(t.get("func")) for t in inference["load"]), "Deploy takes LoadImaged and its cast away"
+    assert metadata["network_data_format"]["outputs"]["pred"]["channel_def"] == {"0": "background", "1": "tumour"}
+    # Label's training overrides these, and inserts into a literal list
+    assert train["train"]["trainer"]["max_epochs"]
+    assert "data" in train["train"]["dataset"]
+    assert "data" in train["validate"]["dataset"]
+    assert isinstance(train["train"]["handlers"], list)
+    # Deploy reads a program file by itself: its folder inside is called after it, with the configs in extra/
+    with zipfile.ZipFile(unpacked / "models" / "model.ts") as program:
+        names = program.namelist()
+        assert {n.split("/")[0] for n in names} == {"model"}
+        assert {"model/extra/inference.json", "model/extra/metadata.json"} <= set(names)
+        content = b"".join(program.read(n) for n in names if not n.startswith("model/data"))
+    assert str(Path.cwd()).encode() not in content, "no path of the maker"
+
+
 def test_what_the_model_zoo_checks(unpacked, packed):
     """The zoo's CI: files, version in the changelog, metadata by its schema, network input and output, export."""
     from monai.bundle import ckpt_export, verify_metadata, verify_net_in_out

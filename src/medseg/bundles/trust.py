@@ -161,11 +161,15 @@ class _Judge:
             add("value", "hides the metadata", "_meta_")
         if name == "_target_":
             add("target", _target_reason(value))
-        elif name in SPECIAL or name in FETCHING:
-            reason = self.special_reason(name, value)
+        elif name in SPECIAL or (name in FETCHING and key in self.configs.get(file, {}) and key != name):
+            reason = self.special_reason(name, value)  # wherever it stands: an argument, or a key `a::b` that makes one
             if reason:
                 add("value", reason, f"{name}: {value}")
         if isinstance(value, dict) and "_target_" in value:
+            for argument in FETCHING & set(value):
+                reason = self.special_reason(argument, value[argument])
+                if reason:
+                    self.uses.append(Use(file, f"{key}::{argument}", "value", f"{argument}: {value[argument]}", reason))
             for reason in self.component_reasons(value):
                 add("value", reason, value["_target_"])
         if is_expression(value):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,20 +103,32 @@ def _trace(network: nn.Module, shape: list[int], extra: Mapping[str, Mapping[str
     # MONAI's own writer (save_net_with_metadata) would add the time of day, and no two files would be alike.
     files = {f"{name}.json": json.dumps(dict(content)) for name, content in extra.items()}
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
-            buffer = io.BytesIO()
-            torch.jit.save(program, buffer, _extra_files=files)
-            again = torch.jit.load(io.BytesIO(buffer.getvalue()))  # type: ignore[no-untyped-call]
-            worst = _difference(network, again, shape)
-    except Exception as error:  # what can be traced is not known before it is tried
-        return f"left out: the network cannot be traced ({str(error).strip().splitlines()[-1][:120]})"
+    with tempfile.TemporaryDirectory() as temporary:
+        fresh = Path(temporary, path.name)  # torch calls the folder inside after the file, and readers look for that
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                program = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
+                torch.jit.save(program, str(fresh), _extra_files=files)
+                content = _without_call_stack(fresh)
+                again = torch.jit.load(io.BytesIO(content))  # type: ignore[no-untyped-call]
+                worst = _difference(network, again, shape)
+        except Exception as error:  # what can be traced is not known before it is tried
+            return f"left out: the network cannot be traced ({str(error).strip().splitlines()[-1][:120]})"
     if worst > TOLERANCE:
         return f"left out: the traced program differs by {worst:.1e} of the largest output"
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, content)
     return f"TorchScript, traced at {' x '.join(map(str, shape))}, any batch size"
+
+
+def _without_call_stack(program: Path) -> bytes:
+    """A TorchScript file without its debugging files, which hold the maker's paths and differ from place to place."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            if not name.endswith((".debug_pkl", "/.data/serialization_id")):
+                new.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), old.read(name))
+    return buffer.getvalue()
 
 
 def _onnx(network: nn.Module, shape: list[int], path: Path) -> str:
@@ -130,7 +144,10 @@ def _onnx(network: nn.Module, shape: list[int], path: Path) -> str:
         )  # fmt: skip
     if program is None:
         raise ValueError("the network cannot be exported to ONNX")
-    program.save(str(path), external_data=False)
+    model = program.model_proto
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, model.graph):
+        part.ClearField("metadata_props")  # the maker's call stack, with paths
+    write_atomically(path, model.SerializeToString(deterministic=True))
     return f"ONNX at {' x '.join(map(str, shape[1:]))}, any batch size"
 
 
