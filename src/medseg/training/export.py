@@ -134,7 +134,7 @@ def _without_call_stack(program: Path) -> bytes:
 def _onnx(network: nn.Module, shape: list[int], path: Path) -> str:
     missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
     if missing:
-        raise ValueError(f"--onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise ValueError(f"--onnx needs {' and '.join(missing)}: pip install 'medseg[onnx]'")
     batch = ({0: torch.export.Dim("batch")},)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
