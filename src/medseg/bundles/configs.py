@@ -31,6 +31,8 @@ class _Loader(yaml.CSafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key.value, str):
+                raise ValueError(f"line {key.start_mark.line + 1}: a key is a word, this is a list or a mapping")
             if key.value in seen:
                 raise ValueError(f"line {key.start_mark.line + 1}: key {key.value} is there twice; remove one")
             seen.add(key.value)
@@ -145,10 +147,11 @@ def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-        raise ValueError(f"key {twice} is there twice; remove one")
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"key {key[:100]} is there twice; remove one")
+        content[key] = value
     return content
 
 

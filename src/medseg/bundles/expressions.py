@@ -81,7 +81,7 @@ def parse_expression(value: str) -> ast.Import | ast.ImportFrom | ast.Expression
         ValueError: if it is no valid Python expression, or nested too deep to be read.
     """
     text = value.replace("#", SEPARATOR)
-    for item in sorted(_ID.findall(text), key=len, reverse=True):
+    for item in sorted(set(_ID.findall(text)), key=len, reverse=True):
         text = text.replace(item, f"{REFERENCES}['{item[1:]}']")
     try:
         # MONAI looks for an import in the text as written, and evaluates the one with its references replaced.

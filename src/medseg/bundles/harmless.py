@@ -95,10 +95,13 @@ NAMED = [
 #: or fetch weights unless they are told not to.
 COMPONENTS_ONLY = re.compile(
     r"monai\.transforms\.io\..*|monai\.data\.image_dataset\..*|torch\.jit\.\w*\.?load"
-    r"|segmentation_models_pytorch\.decoders\..*|monai\.networks\.nets\.(efficientnet|milmodel)\..*|torchvision\.models\..*"
+    r"|segmentation_models_pytorch\.decoders\..*|monai\.networks\.(nets\.(efficientnet|milmodel)|blocks\.fcn)\..*|torchvision\.models\..*"
 )
 #: Of those, the ones that may not even be prepared for a later call (``_mode_: callable``) with further arguments.
-IMPORTERS = re.compile(r"monai\.transforms\.io\..*|monai\.data\.image_dataset\..*|torch\.jit\.\w*\.?load")
+IMPORTERS = re.compile(
+    r"monai\.transforms\.io\..*|monai\.data\.image_dataset\..*|torch\.jit\.\w*\.?load|torchvision\.models\..*"
+    r"|monai\.networks\.(nets\.(efficientnet|milmodel)|blocks\.fcn)\..*|torch\.distributed\..*"
+)
 
 #: Modules that an import may name as a whole: importing them does nothing else. Their parts are judged where used.
 MODULES = (
@@ -136,6 +139,7 @@ FETCHING = {
 FETCHED_BY_DEFAULT = {
     r"segmentation_models_pytorch\.decoders\..*": "encoder_weights",
     r"monai\.networks\.nets\.(efficientnet|milmodel)\..*": "pretrained",
+    r"monai\.networks\.blocks\.fcn\..*": "pretrained",
     r"torchvision\.models\.(detection|segmentation)\..*": "weights_backbone",
 }
 

@@ -16,6 +16,7 @@ import importlib.machinery
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -48,9 +49,11 @@ from medseg.bundles.targets import find_target, index_monai
 
 _DEFINED = re.compile("|".join(f"(?:{p})" for p in DEFINED))
 _NAMED = re.compile("|".join(f"(?:{p})" for p in NAMED))
-_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+
+#: Longer texts and expressions are no config of a person; some questions asked of them take the square of their length.
+MAX_TEXT, MAX_EXPRESSION = 20_000, 4_000
 
 __all__ = ["Use", "judge_configs", "judge_logging", "reason_for"]
 
@@ -143,6 +146,10 @@ class _Judge:
         self.expressions: list[tuple[str, str, str, ast.Expression]] = []
 
     def judge(self) -> list[Use]:
+        everything = [*self.configs.values(), self.metadata]
+        targets = [v for c in everything for k, v in walk(c) if k.endswith("_target_") and isinstance(v, str)]
+        with suppress(ModuleNotFoundError):
+            index_monai([t for t in targets if t.isidentifier()])  # in one pass over MONAI's sources
         # metadata are part of the config under this name, and their expressions are evaluated when they are referred to
         for file, config in {**self.configs, "configs/metadata.json": {"_meta_": self.metadata}}.items():
             for key, value in walk(config):
@@ -164,14 +171,17 @@ class _Judge:
         elif name in SPECIAL or (name in FETCHING and key in self.configs.get(file, {}) and key != name):
             reason = self.special_reason(name, value)  # wherever it stands: an argument, or a key `a::b` that makes one
             if reason:
-                add("value", reason, f"{name}: {value}")
+                add("argument", reason, f"{name}: {value}")
         if isinstance(value, dict) and "_target_" in value:
             for argument in FETCHING & set(value):
                 reason = self.special_reason(argument, value[argument])
                 if reason:
-                    self.uses.append(Use(file, f"{key}::{argument}", "value", f"{argument}: {value[argument]}", reason))
+                    text = f"{argument}: {value[argument]}"
+                    self.uses.append(Use(file, f"{key}::{argument}", "argument", text[:300], reason))
             for reason in self.component_reasons(value):
-                add("value", reason, value["_target_"])
+                add("argument", reason, value["_target_"])
+        if isinstance(value, str) and value[:1] == "@" and self.holds_import(value):
+            add("argument", "refers to an import, whose use is then not seen")
         if is_expression(value):
             self.look_at_expression(file, key, value)
         elif isinstance(value, str) and name != "_target_" and not key.startswith("_meta_"):
@@ -180,6 +190,9 @@ class _Judge:
                 add("value", reason)
 
     def look_at_expression(self, file: str, key: str, value: str) -> None:
+        if len(value) > MAX_EXPRESSION:
+            self.uses.append(Use(file, key, "expression", value[:100], f"is longer than {MAX_EXPRESSION} signs"))
+            return
         try:
             tree = parse_expression(absolute(value, key))
         except ValueError as error:
@@ -240,16 +253,31 @@ class _Judge:
                 yield f"downloads weights unless {argument} says no"
         if target.name.startswith("torchvision.models.") and component.get("weights") is not None:
             yield "downloads weights"
+        if target.name.endswith(".init_process_group") and set(component) - {"_target_", "backend", "timeout"}:
+            yield "connects to an address that is not seen"
         if IMPORTERS.fullmatch(target.name) and component.get("_mode_", "default") != "default":
             yield "is prepared for a call whose arguments are not seen"
 
     def reference_reasons(self, key: str, value: str) -> Iterator[str]:
         """An import that is referred to is a module, and the attributes of modules are not judged."""
         for reference in references(absolute(value, key)):
-            for meaning in self.meanings(f"@{reference}"):
-                for each in meaning if isinstance(meaning, list) else [meaning]:
-                    if isinstance(each, str) and re.match(r"\$\s*(import|from)\b", each):
-                        yield f"@{reference} refers to an import"
+            if self.holds_import(f"@{reference}"):
+                yield f"@{reference} refers to an import"
+
+    def holds_import(self, reference: str, seen: tuple[str, ...] = ()) -> bool:
+        """Whether a reference leads to an import, through lists, mappings and other references as well."""
+        if reference in seen or len(seen) > 20:
+            return False
+        for meaning in self.meanings(reference):
+            for _, each in walk(meaning, "x"):
+                if not isinstance(each, str):
+                    continue
+                if re.match(r"\$\s*(import|from)\b", each):
+                    return True
+                inner = references(each) if each[:1] in "@$" else []
+                if any(self.holds_import(f"@{i}", (*seen, reference)) for i in inner):
+                    return True
+        return False
 
 
 def _full_name(target: object) -> str:
@@ -273,7 +301,9 @@ def _target_reason(target: object) -> str:
 def _import_reason(statement: ast.Import | ast.ImportFrom, full: str) -> str:
     if isinstance(statement, ast.ImportFrom) and statement.level:
         return "relative import"
-    return "" if re.fullmatch(MODULES, full) else reason_for(full)
+    if isinstance(statement, ast.Import) or full in ("os.path", "torch.nn", "monai.transforms"):
+        return "" if re.fullmatch(MODULES, full) else reason_for(full)
+    return reason_for(full)  # a name may be anything, and references carry it anywhere
 
 
 def _expression_reasons(tree: ast.Expression, imported: Mapping[str, str]) -> Iterator[str]:
@@ -290,11 +320,12 @@ def _expression_reasons(tree: ast.Expression, imported: Mapping[str, str]) -> It
             yield from (f".{a} is not on the list of harmless attributes" for a in attributes if a not in ATTRIBUTES)
         else:
             yield from _name_reasons(first, attributes, imported)
+    joined = set(_joined(tree))
     for part in ast.walk(tree):
         if isinstance(part, ast.Call):
             yield from _call_reasons(part, imported)
         elif isinstance(part, ast.Constant) and isinstance(part.value, str):
-            reason = _text_reason(part.value, "", joined=_is_joined(tree, part))
+            reason = _text_reason(part.value, "", joined=part in joined)
             if reason:
                 yield f"{part.value[:80]!r} {reason}"
 
@@ -318,9 +349,13 @@ def _is_switch(node: ast.AST, imported: Mapping[str, str]) -> TypeGuard[ast.Call
 
 def _written_out(node: ast.AST, imported: Mapping[str, str]) -> str:
     """The full dotted name of a name with attributes; empty for anything else."""
-    text = ast.unparse(node)
-    first, *rest = text.split(".")
-    return ".".join([imported.get(first, f"builtins.{first}"), *rest]) if _NAME.fullmatch(text) else ""
+    attributes: list[str] = []
+    while isinstance(node, ast.Attribute):
+        attributes.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        return ""
+    return ".".join([imported.get(node.id, f"builtins.{node.id}"), *reversed(attributes)])
 
 
 def _name_reasons(first: str, attributes: list[str], imported: Mapping[str, str]) -> Iterator[str]:
@@ -382,21 +417,23 @@ def _is_text(node: ast.AST | None) -> bool:
     return isinstance(_literal(node), str)
 
 
-def _is_joined(tree: ast.AST, constant: ast.Constant) -> bool:
-    """Whether a text only continues another: ``@bundle_root + '/models'`` or ``f'{x}/models'``."""
+def _joined(tree: ast.AST) -> Iterator[ast.AST]:
+    """Texts that only continue another: ``@bundle_root + '/models'`` or ``f'{x}/models'``."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and node.right is constant:
-            return True
-        if isinstance(node, ast.JoinedStr) and constant in node.values[1:]:
-            return True
-    return False
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            yield node.right
+        elif isinstance(node, ast.JoinedStr):
+            yield from node.values[1:]
 
 
 def _text_reason(text: str, name: str, joined: bool = False) -> str:
     """Why a text is not trusted as a path, an address or a name. Where the user's data lie may be anywhere."""
-    for scheme in _ADDRESS.findall(text):
-        if scheme.lower() != "sqlite":
-            return "is an address outside of this machine"
+    if len(text) > MAX_TEXT:
+        return f"is longer than {MAX_TEXT} signs"
+    if "://" in text and any(scheme.lower() != "sqlite" for scheme in _ADDRESS.findall(text)):
+        return "is an address outside of this machine"
+    if re.match(r"//\w", text):
+        return "is part of an address"
     if re.search(r"(^|[\\/])\.\.([\\/]|$)", text):
         return "leads out of the bundle"
     if re.search(r"\.(py|pyc|pyd|so|dll)$|(^|/)\.\w+rc$", text, re.IGNORECASE):

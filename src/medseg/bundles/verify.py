@@ -34,6 +34,11 @@ DATA = {
 #: Files without a suffix that have a meaning, and hidden ones that the hub adds.
 PLAIN_NAMES = {"LICENSE", "NOTICE", "README", "CITATION", "VERSION", "SHA256SUMS", ".gitattributes", ".gitignore"}
 
+#: A config of the zoo has some 20 kB; the largest data lists that are packed with one have less than this.
+MAX_CONFIG = 2**20
+MAX_KEY = 200
+
+_PLAIN_PATH = re.compile(r"\+?\w+((::|#)\w+)*")
 _PLAIN_MACRO = re.compile(r"%[\w./-]+((::|#)[\w-]+)*")
 
 #: Verdicts in rising order of trouble, and the exit code of each.
@@ -141,12 +146,14 @@ def verify(path: Path, trusted_key: Path | None = None) -> Report:
     try:
         with open_bundle(path) as bundle:
             report.name, report.files = bundle.name, len(bundle.names())
-            _check_files(bundle, report)
-            sums = _check_sums(bundle, report)
-            report.sha256 = file_sha256(path) if path.is_file() else _folder_sha256(sums)
-            _check_metadata(bundle, report)
-            _check_configs(bundle, report)
-            _check_weights(bundle, report)
+            for look_at in (_check_files, _check_sums, _check_metadata, _check_configs, _check_weights):
+                try:
+                    look_at(bundle, report)
+                except Refused:
+                    raise
+                except Exception as error:  # a file made to break its reader: whatever it is, it is not to be used
+                    what = f"{type(error).__name__}: {str(error)[:200]}"
+                    report.add("refused", path.name, f"something in it cannot be read ({what})")
     except Refused as error:
         report.add("refused", path.name, str(error).removeprefix(f"{path}: "))
         report.sha256 = report.sha256 or (file_sha256(path) if path.is_file() else "")
@@ -197,12 +204,13 @@ def _check_files(bundle: BundleFiles, report: Report) -> None:
     report.checked["files"] = f"{len(names)}, of expected kinds" if not report.findings else f"{len(names)}"
 
 
-def _check_sums(bundle: BundleFiles, report: Report) -> dict[str, str]:
-    """Compare every file with ``SHA256SUMS``; give the hashes."""
+def _check_sums(bundle: BundleFiles, report: Report) -> None:
+    """Compare every file with ``SHA256SUMS``."""
     sums = {name: bundle.sha256(name) for name in bundle.names()}
+    report.sha256 = file_sha256(bundle.path) if bundle.path.is_file() else _folder_sha256(sums)
     if SUMS not in sums:
         report.add("note", SUMS, "there is none, so nothing says whether the files are those that were published")
-        return sums
+        return
     expected = {}
     for line in bundle.read_bytes(SUMS).decode("utf-8", "replace").splitlines():
         match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
@@ -218,7 +226,6 @@ def _check_sums(bundle: BundleFiles, report: Report) -> dict[str, str]:
     for name in sorted(set(sums) - set(expected) - {SUMS}):
         report.add("refused", name, f"is not in {SUMS}: it was added later (results belong outside: --output_dir)")
     report.checked["checksums"] = f"{len(expected) - len(wrong)} of {len(expected)} agree with {SUMS}"
-    return sums
 
 
 def _folder_sha256(sums: dict[str, str]) -> str:
@@ -238,7 +245,8 @@ def _check_metadata(bundle: BundleFiles, report: Report) -> None:
     problems = schema_problems(metadata, "monai")
     for key, message in problems:
         report.add("refused", f"{name}: {key}" if key else name, message)
-    if report.version not in metadata.get("changelog", {report.version: ""}):
+    changelog = metadata.get("changelog", {report.version: ""})
+    if isinstance(changelog, dict) and report.version not in changelog:
         report.add("note", f"{name}: changelog", f"says nothing about version {report.version}")
     report.checked["metadata"] = f"{len(problems)} problems" if problems else "keep to MONAI's schema"
 
@@ -250,7 +258,7 @@ def _check_configs(bundle: BundleFiles, report: Report) -> None:
         root = Path(temporary, bundle.name)  # macros read files: copies of the texts, nothing else is there
         for name in texts:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(bundle.read_bytes(name))
+            (root / name).write_bytes(bundle.read_bytes(name, MAX_CONFIG))
         configs = dict(_resolved(texts, root, report))
     metadata = configs.pop("configs/metadata.json", {})
     everything: Config = {}
@@ -280,16 +288,43 @@ def _resolved(texts: list[str], root: Path, report: Report) -> Iterator[tuple[st
         if not name.startswith("configs/") and text.lstrip()[:1] == "[":  # a list of numbers, say
             text = f'{{"list": {text}}}'
         try:
-            # a key `a::b` is laid over the rest of its own file already
-            config, lost = lay_over({}, parse_config(text, name))
-            for key, value in walk(config):
-                if isinstance(value, str) and value.startswith("%") and not _PLAIN_MACRO.fullmatch(value):
-                    report.add("refused", f"{name}: {key}", f"macro {value[:80]!r} is not written plainly")
+            parsed = parse_config(text, name)
+            odd = [(key, "a key that tools read differently") for key in _odd_keys(parsed)] or [
+                (key, f"macro {value[:80]!r} is not written plainly")
+                for key, value in walk(parsed)
+                if isinstance(value, str) and value.startswith("%") and not _is_plain_macro(value)
+            ]
+            for key, message in odd:
+                report.add("refused", f"{name}: {key[:80]}", message)
+            if odd:  # it may be made to wear out what would look at it further
+                continue
+            config, lost = lay_over({}, parsed)  # a key `a::b` is laid over the rest of its own file already
             config = resolve_macros(config, root, inside=root, on_problem=_on_problem(name, report))
-            yield name, {**config, **{key: parse_config(text, name)[key] for key, _ in lost}}
+            yield name, {**config, **{key: parsed[key] for key, _ in lost}}
         except (ValueError, RecursionError) as error:
             message = str(error) or f"nested deeper than {MAX_DEPTH} levels"
             report.add("refused", name, message.removeprefix(f"{name}: "))
+
+
+def _is_plain_macro(text: str) -> bool:
+    return len(text) <= MAX_KEY and _PLAIN_MACRO.fullmatch(text) is not None
+
+
+def _odd_keys(config: Config) -> Iterator[str]:
+    """Keys that MONAI's ids make ambiguous: blanks around them, ``a::b`` inside, negative places, endless length."""
+    todo: list[tuple[Any, bool]] = [(config, True)]
+    while todo:
+        value, is_top = todo.pop()
+        if isinstance(value, dict):
+            for key, child in value.items():
+                key = str(key)
+                is_path = "::" in key or "#" in key or key.startswith("+")
+                plain = _PLAIN_PATH.fullmatch(key) if is_top else not is_path
+                if len(key) > MAX_KEY or key != key.strip() or (is_path and not plain):
+                    yield key
+                todo.append((child, False))
+        elif isinstance(value, list):
+            todo += [(child, False) for child in value]
 
 
 def _on_problem(name: str, report: Report) -> Any:
@@ -339,7 +374,7 @@ def _layout(bundle: BundleFiles, report: Report) -> Layout | None:
     try:
         content = json.loads(bundle.read_bytes(LAYOUT))
         return {str(k): (str(dtype), tuple(map(int, shape))) for k, (dtype, shape) in content.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         report.add("refused", LAYOUT, f"is no layout of a network: {error}")
         return None
 

@@ -9,6 +9,7 @@ import math
 import os
 import pickletools
 import re
+import reprlib
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -191,7 +192,8 @@ def looks_like_pickle(head: bytes) -> bool:
             seen.add(opcode.name)
     except ValueError:
         return False
-    return bool(seen & {"GLOBAL", "INST"}) and bool(seen & {"REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ"})
+    names = {"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
+    return bool(seen & names) and bool(seen & {"REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"})
 
 
 def has_pickled_objects(name: str, file: BinaryIO) -> str | None:
@@ -319,7 +321,7 @@ def _open_safetensors(name: str, file: BinaryIO) -> _Weights:
 
 def _safetensor(key: str, entry: dict[str, Any]) -> tuple[_Tensor, int, int]:
     if set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] not in _SAFETENSORS:
-        raise ValueError(f"{key} needs a known dtype, shape and data_offsets, but has {str(entry)[:100]}")
+        raise ValueError(f"{key} needs a known dtype, shape and data_offsets, but has {_brief(entry)}")
     dtype = _SAFETENSORS[entry["dtype"]]
     shape, (begin, end) = _counts(entry["shape"]), _counts(entry["data_offsets"])
     if end - begin != math.prod(shape) * _SIZES[dtype]:
@@ -334,9 +336,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _brief(value: object) -> str:
+    """A value in a message. Its own text may be endless: a list that holds itself twice, sixty times over."""
+    return value[:100] if isinstance(value, str) else reprlib.repr(value)[:100]
+
+
 def _counts(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)) or not all(type(v) is int and 0 <= v < 2**63 for v in value):
-        raise ValueError(f"{str(value)[:100]} are no sizes")
+        raise ValueError(f"{_brief(value)} are no sizes")
     return tuple(value)
 
 
@@ -490,6 +497,8 @@ class _Machine:
                 stack.append(self._look_up(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
+                if not (isinstance(name, str) and isinstance(module, str)):
+                    raise Refused(f"{self._name}: pickle names something that is no text")
                 stack.append(self._look_up(f"{module}.{name}"))
             case "REDUCE":
                 arguments, called = stack.pop(), stack.pop()
@@ -538,7 +547,7 @@ class _Machine:
                 return tensor
             case name, (value, *_) if self._script and name in _SCRIPT_CALLS:
                 return value
-        raise Refused(f"{self._name}: pickle calls {called} as torch never does; save it with torch.save")
+        raise Refused(f"{self._name}: pickle calls {_brief(called)} as torch never does; save it with torch.save")
 
     def _storage(self, address: Any) -> _Storage:
         match address:
@@ -548,7 +557,7 @@ class _Machine:
                 if self.storages.setdefault(key, storage).size != storage.size:
                     raise Refused(f"{self._name}: storage {key} has two sizes")
                 return storage
-        raise Refused(f"{self._name}: pickle refers to something that is no storage: {str(address)[:100]}")
+        raise Refused(f"{self._name}: pickle refers to something that is no storage: {_brief(address)}")
 
     def _tensor(self, storage: _Storage, dtype: str, view: tuple[Any, Any, Any], changed: bool) -> _Tensor:
         (offset,), shape, stride = _counts([view[0]]), _counts(view[1]), _counts(view[2])
@@ -625,7 +634,7 @@ def _scan_code(where: str, code: bytes) -> Iterator[str]:
         return
     # Without the texts, which TorchScript always writes in double quotes, and without blanks around dots. Three quotes
     # in a row it never writes, and they would be read otherwise here and there.
-    bare = text if '"""' in text else re.sub(r"\s*\.\s*", ".", _STRING.sub(" 0 ", text))
+    bare = text if '"""' in text else re.sub(r" ?\. ?", ".", re.sub(r"[ \t]+", " ", _STRING.sub(" 0 ", text)))
     for pattern, finding in _SCRIPT_RULES:
         for found in sorted(set(pattern.findall(bare))):
             yield f"{where}: {finding.format(found)}"
@@ -634,7 +643,7 @@ def _scan_code(where: str, code: bytes) -> Iterator[str]:
 def _scan_exported(where: str, program: Any) -> Iterator[str]:
     for key, value in _items(program):
         if key == "target" and not (isinstance(value, str) and _TARGET.fullmatch(value)):
-            yield f"{where}: calls {str(value)[:100]}, which is no operator of a network"
+            yield f"{where}: calls {_brief(value)}, which is no operator of a network"
         formulas = {"expr_str": [value], "guards_code": value, "range_constraints": value}.get(str(key), [])
         for formula in map(str, formulas or []):
             bare = re.sub(r"'\w*'", "", formula)
@@ -643,7 +652,7 @@ def _scan_exported(where: str, program: Any) -> Iterator[str]:
                 yield f"{where}: evaluates {formula[:100]!r}, which is no arithmetic of sizes"
         # torch.export pastes the arguments' names into the guards' code.
         if key in ("in_spec", "out_spec") and re.search(r"[()=;'\n]", str(value)):
-            yield f"{where}: names an argument in {str(value)[:100]!r} with signs that no name has"
+            yield f"{where}: names an argument in {_brief(value)!r} with signs that no name has"
 
 
 def _items(value: Any) -> Iterator[tuple[str | None, Any]]:

@@ -59,5 +59,7 @@ def provenance_tags() -> dict[str, str]:
 
 
 def _git(folder: Path | None, *args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+    # fsmonitor is a program that a repository's own config names; the working folder may be somebody else's bundle
+    command = ["git", "-c", "core.fsmonitor=false", *args]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True)
     return done.stdout.strip()
