@@ -24,8 +24,11 @@ from sample_bundle import medseg, write_sums
 
 from medseg.bundles.archive import extract, open_bundle
 from medseg.bundles.check import check_bundle
+from medseg.bundles.pack import pack
 from medseg.bundles.promote import promote
+from medseg.bundles.self_test import check_self_test
 from medseg.bundles.verify import verify
+from medseg.experiments.ensemble import write_ensemble
 
 NAME = "fluorescence_tumor"
 
@@ -137,17 +140,25 @@ def test_packing_twice_gives_the_same_bytes(promoted, packed, tmp_path):
     assert not [f for f in tmp_path.iterdir() if f.name != packed.name], "nothing else is left"
 
 
-def test_a_published_version_is_not_replaced(promoted, packed, tmp_path):
+def test_a_published_version_is_not_replaced(promoted, packed, tmp_path, monkeypatch):
+    monkeypatch.chdir(promoted)
     before = packed.read_bytes()
-    other = promoted / "other.pt"
     state = torch.load(promoted / "run" / "models" / "model.pt", weights_only=True)
+    other = tmp_path / "models" / "other.pt"
+    other.parent.mkdir()
     torch.save({k: v + 1 if v.is_floating_point() else v for k, v in state.items()}, other)
-    done = medseg("pack", NAME, "--weights", other, cwd=promoted, check=False)
-    assert done.returncode == 1
-    assert "does not fit Unet" in done.stderr or "version is published once" in done.stderr
+    with pytest.raises(ValueError, match="does not fit UnetPlusPlus"):  # of a lone file only the bundle's own is known
+        pack(NAME, other)
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        pack(NAME, tmp_path / "gone.pt")
+    metadata = promoted / "bundles" / NAME / "configs" / "metadata.json"
+    text = metadata.read_text()
+    metadata.write_text(text.replace("Research only", "For research only"))
+    with pytest.raises(FileExistsError, match="version is published once"):
+        pack(NAME)
+    metadata.write_text(text)
     assert packed.read_bytes() == before
-    done = medseg("pack", NAME, "--weights", tmp_path / "gone.pt", cwd=promoted, check=False)
-    assert "no weights at" in done.stderr
+    assert [f.name for f in packed.parent.iterdir()] == [packed.name], "nothing half-written is left"
 
 
 def test_verify_trusts_it_and_its_self_test_passes(packed, unpacked):
@@ -163,9 +174,8 @@ def test_verify_trusts_it_and_its_self_test_passes(packed, unpacked):
     Image.fromarray(np.roll(pixels, 40, axis=0)).save(mask)
     assert verify(unpacked).verdict == "refused"
     write_sums(unpacked)
-    done = medseg("verify", unpacked, "--run", cwd=unpacked.parent, check=False)
-    assert done.returncode == 1
-    assert re.search(r"self-test: case_seg.png: Dice 0\.\d+ with the expected mask", done.stdout), done.stdout
+    with pytest.raises(ValueError, match=r"case_seg.png: Dice 0\.\d+ with the expected mask"):
+        check_self_test(unpacked)
 
 
 def test_the_exported_program_is_the_network(unpacked):
@@ -239,16 +249,16 @@ def test_what_the_model_zoo_checks(unpacked, packed):
     assert (unpacked / "again.ts").is_file()
 
 
-def test_an_ensemble_is_packed_as_a_program(promoted, tmp_path):
+def test_an_ensemble_is_packed_as_a_program(promoted, packed, tmp_path, monkeypatch):
     """Its network is medseg's own: the zip brings the exported program, and inference loads that."""
     run = promoted / "run"
     second = tmp_path / "second"
     shutil.copytree(run, second)
-    medseg("ensemble", run, second, "--out", tmp_path / "both", cwd=promoted)
-    weights = tmp_path / "both" / "models" / "model.pt"
-    done = medseg("pack", NAME, "--weights", weights, "--out", tmp_path, "--version", "0.9.0", cwd=promoted)
+    monkeypatch.chdir(promoted)
+    write_ensemble([run, second], tmp_path / "both")
+    done = pack(NAME, tmp_path / "both" / "models" / "model.pt", tmp_path, version="0.9.0")
     target = tmp_path / f"{NAME}_v0.9.0.zip"
-    assert target.is_file(), done.stderr
+    assert done.path == target
     report = verify(target)
     assert report.verdict == "trusted", report.table()
     with open_bundle(target) as bundle:
@@ -256,7 +266,7 @@ def test_an_ensemble_is_packed_as_a_program(promoted, tmp_path):
         assert inference["network_def"]["_target_"] == "torch.jit.load"
         assert "comes as a program" in bundle.read_bytes("docs/README.md").decode()
         mask = bundle.read_bytes("self_test/expected/case_seg.png")
-    with open_bundle(promoted / "dist" / f"{NAME}_v0.1.1.zip") as bundle:  # twice the same network: the same mask
+    with open_bundle(packed) as bundle:  # twice the same network: the same mask
         assert bundle.read_bytes("self_test/expected/case_seg.png") == mask
 
 

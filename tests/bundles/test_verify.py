@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -122,6 +123,20 @@ ATTACKS: dict[str, tuple[object, str]] = {
     "address in pieces": ("$'tcp:' + '//127.0.0.1:4'", "part of an address"),
     "default download of FCN": ({"_target_": "monai.networks.blocks.fcn.FCN"}, "unless pretrained says no"),
     "download later": ({"_target_": "torchvision.models.resnet18", "_mode_": "callable"}, "arguments are not seen"),
+    "getattr by a container": ("$torch.nn.ParameterDict({'a': 1})['get_buffer']", "ParameterDict"),
+    "copying by its own rules": ("$copy.copy(@network)", "copy.copy"),
+    "private argument": ({"_target_": "PILWriter", "__reduce_ex__": "$lambda p: 0"}, "private argument"),
+    "loading handed over": ("$list(map(torch.load, ['x']))", "handed over"),
+    "loading for later": ({"_target_": "torch.load", "_mode_": "callable"}, "arguments are not seen"),
+    "connecting handed over": ("$map(torch.distributed.init_process_group, ['gloo'])", "handed over"),
+    "find_spec handed over": ("$list(map(find_spec, ['anti' + 'gravity.x']))", "handed over"),
+    "merger by name": ({"_target_": "PatchInferer", "merger_cls": "antigravity"}, "imported by its name"),
+    "weights of torchvision": ({"_target_": "TorchVisionFCModel", "weights": "DEFAULT"}, "downloads weights"),
+    "pretrained by position": ("$monai.networks.nets.resnet10(True, spatial_dims=3)", "as a component"),
+    "smp for later": (
+        {"_target_": "segmentation_models_pytorch.Unet", "_mode_": "callable", "encoder_weights": None},
+        "arguments are not seen",
+    ),
     "hidden metadata": ("_meta_", "hides the metadata"),
     "numpy pickle": ("$np.load('x.npy', allow_pickle=True)", "numpy.load"),
     "pickle": ({"_target_": "pickle.loads", "data": "x"}, "pickle.loads"),
@@ -162,6 +177,8 @@ def test_attack_by_config(name, edit):
     imports = [*INFERENCE["imports"], value] if is_import else INFERENCE["imports"]
     if "functools" in str(value):
         imports = [*imports, "$import functools"]
+    if "copy." in str(value):
+        imports = [*imports, "$import copy"]
     if "find_spec" in str(value):
         imports = [*imports, "$from importlib.util import find_spec"]
     more = {"_meta_": {"version": "1"}} if value == "_meta_" else {}
@@ -221,6 +238,16 @@ WEARING = {
         "torch.a",
     ),
     "long macro": ("configs/extra.json", json.dumps({"x": "%" + ".json::" * 20_000 + "\n\nx"}), "not written plainly"),
+    "branching references": (
+        "configs/extra.json",
+        json.dumps({**{f"a{i}": [f"@a{i + 1}"] * 8 for i in range(19)}, "a19": 1, "x": "@a0", "y": "$eval('1')"}),
+        "builtins.eval",
+    ),
+    "names of many parts": (
+        "configs/extra.json",
+        json.dumps({str(i): "$torch." + ".".join(f"a{i}" for _ in range(60)) for i in range(1500)}),
+        "more parts than any name",
+    ),
     "many unknown names": (
         "configs/extra.json",
         json.dumps([{"_target_": f"Nope{i}"} for i in range(300)]),
@@ -267,6 +294,10 @@ def test_pickles_made_to_break_their_reader(small_bundle):
     refused(small_bundle, "other.pt")
     assert time.perf_counter() - start < 10
     (small_bundle / "models" / "other.pt").unlink()
+    with tarfile.open(small_bundle / "docs" / "b.txt", "w") as archive:  # torch's oldest format, under any name
+        archive.addfile(tarfile.TarInfo("storages"), io.BytesIO())
+    refused(small_bundle, "docs/b.txt: is a tar archive")
+    (small_bundle / "docs" / "b.txt").unlink()
     (small_bundle / "docs" / "a.txt").write_bytes(b"\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.")
     refused(small_bundle, "docs/a.txt")
 

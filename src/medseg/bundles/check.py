@@ -227,7 +227,8 @@ def _zoo_layout(folder: Path, metadata: Mapping[str, Any], configs: Mapping[str,
     for file in ("LICENSE", "configs/metadata.json", "docs/README.md"):
         if not (folder / file).is_file():
             yield Problem(file, "", "is missing", "every bundle has it")
-    for name in ("train", "inference"):
+    is_packed = (folder / "SHA256SUMS").is_file()  # that of an ensemble cannot be trained further
+    for name in ("inference",) if is_packed else ("train", "inference"):
         if not any((folder / "configs" / f"{name}{suffix}").is_file() for suffix in SUFFIXES):
             yield Problem(f"configs/{name}.yaml", "", "is missing", "every bundle has it, as .yaml or .json")
     listed, networks = metadata.get("networks"), configs.get("train", {}).get("networks")

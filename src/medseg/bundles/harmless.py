@@ -50,7 +50,7 @@ DEFINED = [
     r"segmentation_models_pytorch\.(decoders\.\w+\.\w+|losses\.\w+)\.[A-Z]\w*",
     r"(pytorch_lightning|lightning\.pytorch)\.callbacks\.\w+(\.\w+)?\.[A-Z]\w*",
     r"torchvision\.models\.(detection\.|segmentation\.|video\.)?\w+\.[a-z]\w*|torchvision\.ops\.\w+\.[a-zA-Z]\w*",
-    r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*|torch\.nn\.functional\.[a-z]\w*|torch\.nn\.init\.[a-z]\w*_",
+    r"torch\.nn\.(modules\.\w+\.)?(?!ParameterDict\b)[A-Z]\w*|torch\.nn\.functional\.[a-z]\w*|torch\.nn\.init\.[a-z]\w*_",
     r"torch\.nn\.utils\.clip_grad\.clip_grad_(norm|value)_|torch\.nn\.parallel\.distributed\.DistributedDataParallel",
     r"torch\.optim\.(\w+\.)?[A-Z]\w*",
     r"torch\.utils\.data\.(\w+\.)?(DataLoader|Dataset|TensorDataset|Subset|ConcatDataset|RandomSampler|BatchSampler"
@@ -81,7 +81,7 @@ NAMED = [
     r"glob\.(glob|iglob|escape)|fnmatch\.(fnmatch|fnmatchcase|filter)|math\.[a-z]\w*|itertools\.[a-z]\w*",
     r"re\.(compile|match|search|sub|split|findall|fullmatch|finditer|escape|I|M|S|IGNORECASE|MULTILINE|DOTALL)",
     r"string\.(ascii_letters|ascii_lowercase|ascii_uppercase|digits)|statistics\.(mean|median|stdev|variance|mode)",
-    r"functools\.(partial|reduce)|collections\.(OrderedDict|defaultdict|Counter)|copy\.(copy|deepcopy)",
+    r"functools\.(partial|reduce)|collections\.(OrderedDict|defaultdict|Counter)",
     r"time\.(strftime|time|perf_counter)|datetime\.(datetime|date|timedelta)|datetime\.datetime\.(now|today|utcnow)",
     r"random\.(seed|Random)|sys\.(stderr|stdout)\.isatty|sys\.(stderr|stdout|platform|version_info|maxsize)",
     r"platform\.(system|machine|python_version)|importlib\.util\.find_spec",
@@ -91,17 +91,17 @@ NAMED = [
     r"builtins\.([A-Z]\w*Error|Exception|Ellipsis|NotImplemented)",
 ]
 
-#: Trusted as a component whose arguments are all seen, not inside an expression: they import by a name given as text,
-#: or fetch weights unless they are told not to.
+#: Trusted as a component whose arguments are all seen: not inside an expression, and not prepared for a later call
+#: (``_mode_: callable``) with further arguments. They import by a name given as text, connect, unpickle if asked to, or
+#: fetch weights unless they are told not to. Networks with an argument of ``FETCHING`` count as well.
 COMPONENTS_ONLY = re.compile(
-    r"monai\.transforms\.io\..*|monai\.data\.image_dataset\..*|torch\.jit\.\w*\.?load"
-    r"|segmentation_models_pytorch\.decoders\..*|monai\.networks\.(nets\.(efficientnet|milmodel)|blocks\.fcn)\..*|torchvision\.models\..*"
+    r"monai\.transforms\.io\..*|monai\.data\.image_dataset\..*|monai\.inferers\.inferer\.PatchInferer"
+    r"|torch\.jit\.\w*\.?load|torch\.serialization\.load|torch\.distributed\..*|torchvision\.models\..*"
+    r"|segmentation_models_pytorch\.decoders\..*|monai\.networks\.(nets\.(torchvision_fc|milmodel)|blocks\.fcn)\..*"
 )
-#: Of those, the ones that may not even be prepared for a later call (``_mode_: callable``) with further arguments.
-IMPORTERS = re.compile(
-    r"monai\.transforms\.io\..*|monai\.data\.image_dataset\..*|torch\.jit\.\w*\.?load|torchvision\.models\..*"
-    r"|monai\.networks\.(nets\.(efficientnet|milmodel)|blocks\.fcn)\..*|torch\.distributed\..*"
-)
+
+#: Of those and the rest, what may stand in an expression if it is called there, where its arguments are seen too.
+CALLED_ONLY = {"torch.load", "torch.distributed.init_process_group", "importlib.util.find_spec"}
 
 #: Modules that an import may name as a whole: importing them does nothing else. Their parts are judged where used.
 MODULES = (
@@ -149,6 +149,7 @@ SPECIAL: dict[str, tuple[tuple[object, ...], str]] = {
     "writer": ((), ""),
     "_mode_": (("default", "callable"), "starts a debugger, which reads commands from a file"),
     "_debug_": ((False, None), "starts a debugger, which reads commands from a file"),
+    "merger_cls": ((None, "AvgMerger"), "is imported by its name"),
     "weights_only": ((True,), "unpickles, and unpickling runs code"),
     "allow_pickle": ((False,), "unpickles, and unpickling runs code"),
     "pickle_module": ((), "unpickles, and unpickling runs code"),

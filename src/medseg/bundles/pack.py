@@ -106,9 +106,12 @@ def _fill(folder: Path, bundle: Bundle, release: Release, metadata: Config, onnx
     for part in ("configs", "models", "docs"):
         (folder / part).mkdir(parents=True)
     shutil.copyfile(bundle.path / "LICENSE", folder / "LICENSE")
-    inference = release.configs["inference"]
-    packed = _load_program(inference) if _is_own(inference) else inference
-    for name, config in {**release.configs, "inference": packed}.items():
+    configs = {name: _chosen_network(config) for name, config in release.configs.items()}
+    inference = packed = configs["inference"]
+    if _is_own(inference):  # what trains and scores it is medseg's as well, and stays there
+        packed = _load_program(inference)
+        configs = {"inference": packed}
+    for name, config in configs.items():
         for key, *_ in list(unused_keys(config)):  # pieces that were copied by macro, and what an overlay replaced
             config.pop(key, None)
         _write_json(folder / "configs" / f"{name}.json", config)
@@ -189,6 +192,15 @@ def _is_own(config: Mapping[str, Any]) -> bool:
     if isinstance(parts.get("networks"), dict) and chosen in parts["networks"]:
         parts["networks"] = {chosen: parts["networks"][chosen]}
     return any(str(v).startswith("medseg.") for k, v in walk(parts) if k.endswith("_target_"))
+
+
+def _chosen_network(config: Config) -> Config:
+    """The config with the network that the weights are of, written out; its alternatives are of no use with them."""
+    networks, name = config.get("networks"), config.get("network_name")
+    if config.get("network_def") != "$@networks[@network_name]()" or not isinstance(networks, dict):
+        return dict(config)
+    chosen = {k: v for k, v in networks[name].items() if k != "_mode_"}
+    return {k: chosen if k == "network_def" else v for k, v in config.items() if k != "networks"}
 
 
 def _load_program(config: Config) -> Config:

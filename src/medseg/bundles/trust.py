@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from medseg.bundles.config_check import NO_ARGUMENTS
 from medseg.bundles.configs import SEPARATOR, Config, get, walk
 from medseg.bundles.expressions import (
     GIVEN,
@@ -34,18 +35,18 @@ from medseg.bundles.expressions import (
 )
 from medseg.bundles.harmless import (
     ATTRIBUTES,
+    CALLED_ONLY,
     COMPONENTS_ONLY,
     DEFINED,
     FETCHED_BY_DEFAULT,
     FETCHING,
-    IMPORTERS,
     MODULES,
     NAMED,
     READER_CLASSES,
     READERS,
     SPECIAL,
 )
-from medseg.bundles.targets import find_target, index_monai
+from medseg.bundles.targets import Target, find_target, index_monai
 
 _DEFINED = re.compile("|".join(f"(?:{p})" for p in DEFINED))
 _NAMED = re.compile("|".join(f"(?:{p})" for p in NAMED))
@@ -53,7 +54,7 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 #: Longer texts and expressions are no config of a person; some questions asked of them take the square of their length.
-MAX_TEXT, MAX_EXPRESSION = 20_000, 4_000
+MAX_TEXT, MAX_EXPRESSION, MAX_PARTS = 20_000, 4_000, 8
 
 __all__ = ["Use", "judge_configs", "judge_logging", "reason_for"]
 
@@ -143,6 +144,8 @@ class _Judge:
         self.configs, self.metadata = configs, metadata
         self.imported = dict(GIVEN)
         self.uses: list[Use] = []
+        self.known: dict[str, list[Any]] = {}
+        self.without_import: set[str] = set()
         self.expressions: list[tuple[str, str, str, ast.Expression]] = []
 
     def judge(self) -> list[Use]:
@@ -173,7 +176,7 @@ class _Judge:
             if reason:
                 add("argument", reason, f"{name}: {value}")
         if isinstance(value, dict) and "_target_" in value:
-            for argument in FETCHING & set(value):
+            for argument in sorted(FETCHING & set(value)):
                 reason = self.special_reason(argument, value[argument])
                 if reason:
                     text = f"{argument}: {value[argument]}"
@@ -207,17 +210,33 @@ class _Judge:
             reason = f"{name} already means {self.imported.get(name, 'something private')}"
         self.uses.append(Use(file, key, "import", value[:300], reason))
 
-    def meanings(self, value: Any, depth: int = 0) -> list[Any]:
+    def meanings(self, value: Any) -> list[Any]:
         """What a value may be: of a reference, whatever any config of the bundle has there."""
         if not (isinstance(value, str) and value[:1] == "@"):
             return [value]
-        path = value[1:].replace("#", SEPARATOR).split(SEPARATOR)
-        found = [get({**c, "_meta_": self.metadata}, path) for c in self.configs.values()]
-        found += [
-            v for c in self.configs.values() for k, v in c.items() if k.replace("#", SEPARATOR) == SEPARATOR.join(path)
-        ]
-        found = [f for f in found if f is not None]
-        return [m for f in found for m in self.meanings(f, depth + 1)] if depth < 20 and found else [value]
+        if value not in self.known:
+            found, seen, todo = [], set(), [value]
+            while todo:
+                reference = todo.pop()
+                if reference in seen:
+                    continue
+                seen.add(reference)
+                values = self.look_up(reference)
+                found += [v for v in values if not (isinstance(v, str) and v[:1] == "@")] or (
+                    [] if values else [reference]
+                )
+                todo += [v for v in values if isinstance(v, str) and v[:1] == "@"]
+            self.known[value] = found or [value]
+        return self.known[value]
+
+    def look_up(self, reference: str) -> list[Any]:
+        path = reference[1:].replace("#", SEPARATOR).split(SEPARATOR)
+        found = []
+        for config in self.configs.values():
+            found.append(get({**config, "_meta_": self.metadata}, path))
+            # a key `a::b` that another config would be changed by
+            found += [v for k, v in config.items() if k.replace("#", SEPARATOR).split(SEPARATOR) == path]
+        return [f for f in found if f is not None]
 
     def special_reason(self, name: str, value: Any) -> str:
         """Arguments through which a trusted component would do untrusted things."""
@@ -251,11 +270,14 @@ class _Judge:
         for pattern, argument in FETCHED_BY_DEFAULT.items():
             if re.fullmatch(pattern, target.name) and argument not in component:
                 yield f"downloads weights unless {argument} says no"
-        if target.name.startswith("torchvision.models.") and component.get("weights") is not None:
+        is_torchvision = target.name.startswith(("torchvision.models.", "monai.networks.nets.torchvision_fc."))
+        if is_torchvision and component.get("weights") is not None:
             yield "downloads weights"
+        if any(str(k).startswith("_") and k not in NO_ARGUMENTS for k in component):
+            yield "has a private argument"
         if target.name.endswith(".init_process_group") and set(component) - {"_target_", "backend", "timeout"}:
             yield "connects to an address that is not seen"
-        if IMPORTERS.fullmatch(target.name) and component.get("_mode_", "default") != "default":
+        if _is_component_only(target) and component.get("_mode_", "default") != "default":
             yield "is prepared for a call whose arguments are not seen"
 
     def reference_reasons(self, key: str, value: str) -> Iterator[str]:
@@ -264,19 +286,22 @@ class _Judge:
             if self.holds_import(f"@{reference}"):
                 yield f"@{reference} refers to an import"
 
-    def holds_import(self, reference: str, seen: tuple[str, ...] = ()) -> bool:
+    def holds_import(self, reference: str) -> bool:
         """Whether a reference leads to an import, through lists, mappings and other references as well."""
-        if reference in seen or len(seen) > 20:
-            return False
-        for meaning in self.meanings(reference):
-            for _, each in walk(meaning, "x"):
-                if not isinstance(each, str):
-                    continue
-                if re.match(r"\$\s*(import|from)\b", each):
-                    return True
-                inner = references(each) if each[:1] in "@$" else []
-                if any(self.holds_import(f"@{i}", (*seen, reference)) for i in inner):
-                    return True
+        seen: set[str] = set()
+        todo = [reference]
+        while todo:
+            current = todo.pop()
+            if current in seen or current in self.without_import:
+                continue
+            seen.add(current)
+            for meaning in self.meanings(current):
+                for _, each in walk(meaning, "x"):
+                    if isinstance(each, str) and re.match(r"\$\s*(import|from)\b", each):
+                        return True
+                    if isinstance(each, str) and each[:1] in ("@", "$"):
+                        todo += [f"@{inner}" for inner in references(each)]
+        self.without_import |= seen
         return False
 
 
@@ -289,6 +314,12 @@ def _full_name(target: object) -> str:
     except ModuleNotFoundError:
         name = target
     return name if _DOTTED.fullmatch(name) else ""
+
+
+def _is_component_only(target: Target) -> bool:
+    signature = target.signature
+    arguments = {*signature.required, *signature.optional} if signature else set()
+    return COMPONENTS_ONLY.fullmatch(target.name) is not None or bool(arguments & FETCHING)
 
 
 def _target_reason(target: object) -> str:
@@ -312,9 +343,12 @@ def _expression_reasons(tree: ast.Expression, imported: Mapping[str, str]) -> It
     if hidden:  # the same word would mean two things in one expression
         yield f"gives another meaning to {', '.join(hidden)}"
     harmless = {n.func for n in ast.walk(tree) if _is_switch(n, imported)} | set(_reference_names(tree))
+    called = {n.func for n in ast.walk(tree) if isinstance(n, ast.Call)}
     for node, text, is_own in dotted_names(tree):
         if node in harmless:
             continue
+        if node not in called and _written_out(node, imported) in CALLED_ONLY:
+            yield f"{text} is handed over, and its arguments are then not seen"
         first, *attributes = text.split(".")
         if text[0] == "." or is_own:
             yield from (f".{a} is not on the list of harmless attributes" for a in attributes if a not in ATTRIBUTES)
@@ -360,6 +394,9 @@ def _written_out(node: ast.AST, imported: Mapping[str, str]) -> str:
 
 def _name_reasons(first: str, attributes: list[str], imported: Mapping[str, str]) -> Iterator[str]:
     full = imported.get(first, f"builtins.{first}")
+    if len(attributes) > MAX_PARTS:
+        yield f"{first}.{'.'.join(attributes)[:60]}... has more parts than any name"
+        return
     if full == "torch" and attributes == ["backends", "cudnn"]:
         return  # a module, of use to nothing but the switch
     reason = ""
@@ -369,7 +406,7 @@ def _name_reasons(first: str, attributes: list[str], imported: Mapping[str, str]
         why = reason_for(name)
         if not why and all(a in ATTRIBUTES for a in attributes[end:]):
             target = None if name.startswith("builtins.") else find_target(name)
-            if target is not None and COMPONENTS_ONLY.fullmatch(target.name):
+            if target is not None and name not in CALLED_ONLY and _is_component_only(target):
                 yield f"{name} is trusted as a component (_target_) only, where its arguments are seen"
             return
         reason = reason or why

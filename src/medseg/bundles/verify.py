@@ -193,6 +193,9 @@ def _check_files(bundle: BundleFiles, report: Report) -> None:
         if suffix not in WEIGHTS | PROGRAMS:
             with bundle.open(name) as file:
                 pickled = has_pickled_objects(name, file)
+                file.seek(257)
+                if file.read(5) == b"ustar":  # torch.load reads pickles out of a tar of any name
+                    report.add("refused", name, "is a tar archive")
                 file.seek(0)
                 is_array = suffix != ".npy" or file.read(6) == b"\x93NUMPY"
             if pickled:
