@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from medseg.bundles.archive import file_sha256, write_zip
 from medseg.bundles.catalog import find_bundle, repository_root
+from medseg.bundles.pack import chosen_network
 from medseg.bundles.release import source_configs
 
 TASK = "fluorescence_tumor"
@@ -47,7 +48,7 @@ def big_bundle(folder: Path) -> Path:
     for part in ("configs", "models", "docs"):
         (folder / part).mkdir(parents=True)
     for name, config in source_configs(bundle, root).items():
-        (folder / "configs" / f"{name}.json").write_text(json.dumps({**config, "bundle_root": "."}))
+        (folder / "configs" / f"{name}.json").write_text(json.dumps({**chosen_network(config), "bundle_root": "."}))
     (folder / "configs" / "metadata.json").write_text(json.dumps(bundle.metadata))
     (folder / "docs" / "README.md").write_text("# Big\n")
     state = {f"layers.{i}.weight": torch.randn(512, 512, 3, 3) for i in range(26)}

@@ -12,11 +12,11 @@ from typing import Any
 from medseg.bundles.configs import SEPARATOR, Config, get, lay_over, walk
 from medseg.bundles.expressions import (
     absolute,
+    free_names,
     imported_name,
     is_expression,
     parse_expression,
     references,
-    undefined_names,
 )
 from medseg.bundles.macros import resolve_macros, split_macro
 from medseg.bundles.targets import Signature, Target, find_target, index_monai
@@ -223,7 +223,7 @@ def text_problems(config: Config) -> Iterator[Found]:
     """References that lead nowhere, and expressions that are no Python or use what nothing defines."""
     ids = {key for key, _ in walk(config)}
     imported = set()
-    trees = []
+    wanted = []
     for key, value in walk(config):
         if not isinstance(value, str) or value.startswith("%") or key.startswith("_meta_"):
             continue
@@ -234,15 +234,15 @@ def text_problems(config: Config) -> Iterator[Found]:
                     close = difflib.get_close_matches(reference, ids, n=1)
                     yield key, f"@{reference} is not there", f"did you mean @{close[0]}?" if close else "define it"
             if is_expression(value):
-                tree = parse_expression(text)
-                if isinstance(tree, ast.Expression):
-                    trees.append((key, tree))
-                else:
-                    imported.add(imported_name(tree)[0])
+                if text.startswith(("$import", "$from")):
+                    statement = parse_expression(text)
+                    if not isinstance(statement, ast.Expression):
+                        imported.add(imported_name(statement)[0])
+                wanted.append((key, free_names(text)))
         except ValueError as error:
             yield key, str(error), "mend the expression"
-    for key, tree in trees:
-        for name in undefined_names(tree, imported):
+    for key, names in wanted:
+        for name in sorted(names - imported):
             yield key, f"nothing defines {name}", f"add '$import {name}' to imports"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import re
 from collections.abc import Iterator
 
@@ -23,12 +24,12 @@ __all__ = [
     "REFERENCES",
     "absolute",
     "dotted_names",
+    "free_names",
     "imported_name",
     "is_expression",
     "own_names",
     "parse_expression",
     "references",
-    "undefined_names",
 ]
 
 
@@ -133,10 +134,21 @@ def dotted_names(tree: ast.AST) -> Iterator[tuple[ast.expr, str, bool]]:
             yield node, node.id, node.id in own
 
 
-def undefined_names(tree: ast.AST, imported: set[str]) -> list[str]:
-    """Names that nothing defines: no import, no builtin, nothing that MONAI gives."""
-    known = {REFERENCES, *GIVEN, *imported, *dir(builtins)}
-    return sorted({text.split(".")[0] for _, text, own in dotted_names(tree) if text[0] != "." and not own} - known)
+@functools.cache
+def free_names(value: str) -> frozenset[str]:
+    """Names in an expression that something else has to define: an import, Python or MONAI.
+
+    Args:
+        value: the text with its ``$`` and absolute ids. The configs of a bundle share most of their texts.
+
+    Raises:
+        ValueError: as in :func:`parse_expression`.
+    """
+    tree = parse_expression(value)
+    if not isinstance(tree, ast.Expression):
+        return frozenset()
+    names = {text.split(".")[0] for _, text, own in dotted_names(tree) if text[0] != "." and not own}
+    return frozenset(names - {REFERENCES, *GIVEN, *dir(builtins)})
 
 
 def own_names(tree: ast.AST) -> set[str]:

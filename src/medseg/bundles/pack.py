@@ -41,7 +41,7 @@ FILES = {
     SUMS: "SHA-256 of every file",
 }
 
-__all__ = ["Packed", "pack"]
+__all__ = ["Packed", "chosen_network", "pack"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _fill(folder: Path, bundle: Bundle, release: Release, metadata: Config, onnx
     for part in ("configs", "models", "docs"):
         (folder / part).mkdir(parents=True)
     shutil.copyfile(bundle.path / "LICENSE", folder / "LICENSE")
-    configs = {name: _chosen_network(config) for name, config in release.configs.items()}
+    configs = {name: chosen_network(config) for name, config in release.configs.items()}
     inference = packed = configs["inference"]
     if _is_own(inference):  # what trains and scores it is medseg's as well, and stays there
         packed = _load_program(inference)
@@ -194,7 +194,7 @@ def _is_own(config: Mapping[str, Any]) -> bool:
     return any(str(v).startswith("medseg.") for k, v in walk(parts) if k.endswith("_target_"))
 
 
-def _chosen_network(config: Config) -> Config:
+def chosen_network(config: Config) -> Config:
     """The config with the network that the weights are of, written out; its alternatives are of no use with them."""
     networks, name = config.get("networks"), config.get("network_name")
     if config.get("network_def") != "$@networks[@network_name]()" or not isinstance(networks, dict):

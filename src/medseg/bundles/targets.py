@@ -236,9 +236,10 @@ def _descend(parts: tuple[str, ...]) -> tuple[_Module, list[str]]:
         if deeper.is_dir():
             here, depth = deeper, depth + 1
             continue
-        files = [f for f in (deeper.with_suffix(".py"), *here.glob(f"{parts[depth]}.*.so")) if f.is_file()]
-        if files:
-            return _load(".".join(parts[: depth + 1]), files[0]), list(parts[depth + 1 :])
+        source = deeper.with_suffix(".py")
+        file = source if source.is_file() else next(here.glob(f"{parts[depth]}.*.so"), None)
+        if file is not None:
+            return _load(".".join(parts[: depth + 1]), file), list(parts[depth + 1 :])
         break
     return _load(".".join(parts[:depth]), here / "__init__.py"), list(parts[depth:])
 
