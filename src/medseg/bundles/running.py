@@ -106,6 +106,8 @@ def check_arguments(bundle_root: str | Path) -> None:
         return
     if not files:
         overrides = [k for k in config if not any(k in content for content in own.values())]
+    if "network_name" in overrides and networks is None:  # packed: it would change the name and not the network
+        raise ValueError(f"--network_name {name}: this bundle holds one network with its weights; there is no choice")
     here = {Path(f).resolve() for f in own}
     others = {f.name: c for f, c in beside.items() if f.resolve() not in here}
     unknown = override_problems(overrides, own, others, Path.cwd())
