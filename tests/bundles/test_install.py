@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from fake_hub import FakeHub
 
 from medseg import __version__
+from medseg.bundles import download, signature
 from medseg.bundles import install as module
-from medseg.bundles import signature
-from medseg.bundles.archive import Refused
+from medseg.bundles.archive import RefusedError
 from medseg.bundles.install import install
 from medseg.bundles.verify import Finding
 
@@ -236,7 +236,7 @@ def test_only_the_hubs_copy_of_the_card_is_left_out(
 def test_a_folder_with_links_is_refused(tmp_path: Path, checker: Checker) -> None:
     folder = make_bundle(tmp_path / "made")
     (folder / "models" / "passwords").symlink_to("/etc/passwd")
-    with pytest.raises(Refused, match="models/passwords is a symbolic link"):
+    with pytest.raises(RefusedError, match="models/passwords is a symbolic link"):
         install(str(folder), tmp_path / "bundles")
     assert not (tmp_path / "bundles").exists()
 
@@ -308,7 +308,7 @@ def test_an_untrusted_bundle_needs_a_word(tmp_path: Path, checker: Checker) -> N
     checker.findings = [Finding("untrusted", f"train.yaml: k{i}", "runs") for i in range(13)]
     checker.findings.insert(0, Finding("note", "models", "there are no weights"))
     folder = make_bundle(tmp_path / "made")
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RefusedError) as caught:
         install(str(folder), tmp_path / "bundles")
     text = str(caught.value)
     assert "is untrusted:\n  train.yaml: k0: runs\n" in text
@@ -323,7 +323,7 @@ def test_an_untrusted_bundle_needs_a_word(tmp_path: Path, checker: Checker) -> N
 def test_a_refused_bundle_is_never_installed(tmp_path: Path, checker: Checker) -> None:
     checker.verdict = "refused"
     checker.findings = [Finding("refused", "model.pt", "pickle")]
-    with pytest.raises(Refused, match=r"(?s)is refused:.*pickle.*--allow-untrusted does not help"):
+    with pytest.raises(RefusedError, match=r"(?s)is refused:.*pickle.*--allow-untrusted does not help"):
         install(str(make_bundle(tmp_path / "made")), tmp_path / "bundles", allow_untrusted=True)
     assert not (tmp_path / "bundles").exists()
 
@@ -331,7 +331,7 @@ def test_a_refused_bundle_is_never_installed(tmp_path: Path, checker: Checker) -
 @pytest.mark.parametrize("name", ["", "..", "../up", "a/b", ".hidden", "-rf", "a\nb"])
 def test_a_name_cannot_lead_elsewhere(tmp_path: Path, checker: Checker, name: str) -> None:
     checker.name = name
-    with pytest.raises(Refused, match="letters, digits"):
+    with pytest.raises(RefusedError, match="letters, digits"):
         install(str(make_bundle(tmp_path / "made")), tmp_path / "bundles")
     assert not (tmp_path / "bundles").exists()
 
@@ -420,8 +420,8 @@ def test_a_missing_signature_is_for_the_check(tmp_path: Path, checker: Checker, 
 def test_downloads_that_fail(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, way: str, error: type[Exception], words: str
 ) -> None:
-    monkeypatch.setattr(module, "TIMEOUT_SECONDS", 0.4)
-    monkeypatch.setattr(module, "LIMIT_BYTES", 4900 if way == "endless" else 10**6)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.4)
+    monkeypatch.setattr(download, "LIMIT_BYTES", 4900 if way == "endless" else 10**6)
     with pytest.raises(error) as caught:
         install(f"http://alice:pass@{server.host}/{way}/tiny.zip?token=secret", tmp_path / "bundles")
     assert words in str(caught.value)
@@ -434,7 +434,7 @@ def test_downloads_that_fail(
 def test_a_size_over_the_limit_is_not_even_read(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LIMIT_BYTES", 100)
+    monkeypatch.setattr(download, "LIMIT_BYTES", 100)
     with pytest.raises(ConnectionError, match="is larger than"):
         install(f"http://{server.host}/good/tiny.zip", tmp_path / "bundles")
     server.close()
@@ -474,7 +474,7 @@ def test_an_interrupted_download_leaves_nothing(
         yield next(chunks)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "track", one_then_stop)
+    monkeypatch.setattr(download, "track", one_then_stop)
     with pytest.raises(KeyboardInterrupt):
         install(f"http://{server.host}/good/tiny.zip", tmp_path / "bundles")
     assert not (tmp_path / "bundles").exists()
@@ -485,7 +485,7 @@ def test_with_the_real_check(tmp_path: Path, server: Server) -> None:
     key, public = ed25519.Ed25519PrivateKey.generate(), tmp_path / "key.pub"
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     file = make_zip(make_bundle(tmp_path / "made"), tmp_path / "tiny.zip")
-    with pytest.raises(Refused, match=r"tiny\.zip: is not signed: tiny\.zip\.sig is missing"):
+    with pytest.raises(RefusedError, match=r"tiny\.zip: is not signed: tiny\.zip\.sig is missing"):
         install(str(file), into, trusted_key=public)
     (tmp_path / "tiny.zip.sig").write_bytes(sign(hashlib.sha256(file.read_bytes()).hexdigest(), key, tmp_path))
     assert install(str(file), into, trusted_key=public).verdict == "trusted"
@@ -493,11 +493,11 @@ def test_with_the_real_check(tmp_path: Path, server: Server) -> None:
     assert install(f"http://{server.host}/good/tiny.zip", into).already
     for damaged in (file.read_bytes()[:-30], b"no zip"):
         file.write_bytes(damaged)
-        with pytest.raises(Refused, match="is refused"):
+        with pytest.raises(RefusedError, match="is refused"):
             install(str(file), tmp_path / "other")
     folder = make_bundle(tmp_path / "changed")
     (folder / "docs" / "README.md").write_text("# Another\n")
-    with pytest.raises(Refused, match=r"docs/README\.md: has changed"):
+    with pytest.raises(RefusedError, match=r"docs/README\.md: has changed"):
         install(str(folder), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

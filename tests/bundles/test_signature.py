@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization as s
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from medseg.bundles.archive import Refused
+from medseg.bundles.archive import RefusedError
 from medseg.bundles.signature import sign, verify_signature
 
 DIGEST = hashlib.sha256(b"a bundle").hexdigest()
@@ -35,15 +35,15 @@ def test_a_signature_verifies_and_only_over_its_digest(tmp_path, form):
     signature = sign(DIGEST, private)
     assert len(signature) == 64
     assert verify_signature(DIGEST, signature, public).startswith("SHA256:")
-    with pytest.raises(Refused, match=r"the bundle was changed, or somebody"):
+    with pytest.raises(RefusedError, match=r"the bundle was changed, or somebody"):
         verify_signature(hashlib.sha256(b"another").hexdigest(), signature, public)
     (tmp_path / "other").mkdir()
     other = write_keys(tmp_path / "other", "pem")[1]
-    with pytest.raises(Refused, match=r"not by .*other"):
+    with pytest.raises(RefusedError, match=r"not by .*other"):
         verify_signature(DIGEST, signature, other)
-    with pytest.raises(Refused, match="not by"):
+    with pytest.raises(RefusedError, match="not by"):
         verify_signature(DIGEST, bytes(64), public)
-    with pytest.raises(Refused, match="has 63 bytes instead of 64"):
+    with pytest.raises(RefusedError, match="has 63 bytes instead of 64"):
         verify_signature(DIGEST, signature[:-1], public)
 
 

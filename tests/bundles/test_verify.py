@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -21,7 +22,7 @@ from sample_bundle import INFERENCE, write_sums
 from medseg.bundles.archive import write_zip
 from medseg.bundles.verify import verify
 
-SENTINEL = Path("/tmp/medseg-attack-sentinel")
+SENTINEL = Path(tempfile.gettempdir(), "medseg-attack-sentinel")
 
 
 @pytest.fixture(autouse=True)
@@ -422,7 +423,7 @@ def test_zips(small_bundle, tmp_path):
     """What only a zip can do to its reader; more of it in test_archive.py."""
     good = tmp_path / "good.zip"
     write_zip(small_bundle, good)
-    for name in ("../evil.txt", "/tmp/evil.txt", "blobs/../../evil.txt"):
+    for name in ("../evil.txt", "/evil/evil.txt", "blobs/../../evil.txt"):
         bad = tmp_path / "bad.zip"
         shutil.copy(good, bad)
         with zipfile.ZipFile(bad, "a") as archive:

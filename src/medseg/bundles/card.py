@@ -60,6 +60,7 @@ def card_markdown(
         overlays=[p.name for p in release.overlays] if release else [],
         simulated="simulated" in str(metadata.get("data_source", "")),
         packed=bool(files),
+        trains=any(file == "configs/train.json" for file, _ in files),
         python=".".join(platform.python_version_tuple()[:2]),
         requirements=requirements,
         medseg=installed.version("medseg"),

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from medseg.bundles.archive import SUMS, copy_texts, open_bundle
 from medseg.bundles.config_check import UNUSED, Problem, config_problems
 from medseg.bundles.configs import SEPARATOR, SUFFIXES, Config, get, read_config, walk
 from medseg.bundles.macros import resolve_macros, split_macro
@@ -22,6 +23,9 @@ MAY_DIFFER = {
     "handlers", "imports", "initialize", "invertible", "keys", "network", "output_dir", "preprocessing",
     "postprocessing", "run",
 }  # fmt: skip
+
+#: A text of a packed bundle that is larger is none to be checked.
+MAX_TEXT = 10 * 2**20
 
 __all__ = ["Problem", "check_bundle", "check_path", "report", "schema_problems"]
 
@@ -60,14 +64,11 @@ def check_path(name: str) -> list[Problem]:
 
 def _check_zip(path: Path) -> list[Problem]:
     """The texts of a packed bundle are unpacked to be checked, nothing else of it."""
-    from medseg.bundles.archive import open_bundle
-
     with open_bundle(path) as bundle, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, bundle.name)
-        for name in bundle.names():
-            if name.startswith("configs/") or name in ("LICENSE", "docs/README.md"):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(bundle.read_bytes(name))
+        wanted = ("LICENSE", "docs/README.md", SUMS)
+        names = [n for n in bundle.names() if n.startswith("configs/") or n in wanted]
+        copy_texts(bundle, names, folder, MAX_TEXT)
         version = re.fullmatch(rf"{re.escape(bundle.name)}(?:_v(.+))?", path.stem)
         problems = check_bundle(folder, folder)
         if version is None:
@@ -227,7 +228,7 @@ def _zoo_layout(folder: Path, metadata: Mapping[str, Any], configs: Mapping[str,
     for file in ("LICENSE", "configs/metadata.json", "docs/README.md"):
         if not (folder / file).is_file():
             yield Problem(file, "", "is missing", "every bundle has it")
-    is_packed = (folder / "SHA256SUMS").is_file()  # that of an ensemble cannot be trained further
+    is_packed = (folder / SUMS).is_file()  # that of an ensemble cannot be trained further
     for name in ("inference",) if is_packed else ("train", "inference"):
         if not any((folder / "configs" / f"{name}{suffix}").is_file() for suffix in SUFFIXES):
             yield Problem(f"configs/{name}.yaml", "", "is missing", "every bundle has it, as .yaml or .json")

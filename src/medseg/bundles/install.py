@@ -5,7 +5,6 @@ Nothing of the bundle runs here. What is checked is what is installed: a copy th
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import os
@@ -16,26 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from typing import Any
 
 from medseg import __version__
-from medseg.bundles.archive import Refused, extract, file_sha256, open_bundle
-from medseg.bundles.verify import SUMS, Report, verify
+from medseg.bundles.archive import SUMS, RefusedError, extract, open_bundle
+from medseg.bundles.download import download, shown
+from medseg.bundles.verify import Report, verify
 from medseg.interruption import ended_by_signals
-from medseg.io.files import write_atomically
-from medseg.progress import track
+from medseg.io.files import file_sha256, write_atomically
 from medseg.tracking.store import without_credentials
 
-#: For each answer of a server, not for the whole download.
-TIMEOUT_SECONDS = 30.0
-#: Ten times the largest bundle of MONAI's zoo; more is a wrong address or an attack on the disk.
-LIMIT_BYTES = 20 * 2**30
-CHUNK_BYTES = 2**20
 SHOWN_FINDINGS = 10
 
 #: The first sign is none of ``.`` and ``-``: neither ``..`` nor a hidden folder nor an option is a name.
@@ -90,7 +80,7 @@ def install(
         Where it is; ``already`` if the very same content was there before.
 
     Raises:
-        Refused: if the check says so, or the bundle is untrusted and that is not allowed; nothing of it is kept.
+        RefusedError: if the check says so, or the bundle is untrusted and that is not allowed; nothing of it is kept.
         FileExistsError: if something else is in the place, or another version of the bundle.
         FileNotFoundError: if there is no such file or folder.
         ConnectionError: if the download fails; the message names the source.
@@ -140,7 +130,7 @@ def _fetch(source: str, workshop: Path, with_signature: bool, version: str | Non
             )
         return _from_hub(source, folder, version), f"{source}@{version}" if version else source
     if "://" in source:
-        return _download(source, folder, with_signature), _shown(_address(source))
+        return download(source, folder, with_signature), shown(source)
     path = Path(source).resolve()
     if not path.exists():
         raise FileNotFoundError(
@@ -196,7 +186,9 @@ def _checked(path: Path, origin: str, trusted_key: Path | None, allow_untrusted:
     report = verify(path, trusted_key)
     if report.verdict == "trusted" or (report.verdict == "untrusted" and allow_untrusted):
         if not re.fullmatch(NAME, report.name):
-            raise Refused(f"{origin} is called {report.name!r}; a bundle's name has letters, digits, _, - and . only")
+            raise RefusedError(
+                f"{origin} is called {report.name!r}; a bundle's name has letters, digits, _, - and . only"
+            )
         return report
     lines = [f"{f.place}: {f.message}" for f in report.findings if f.level == report.verdict]
     if len(lines) > SHOWN_FINDINGS:
@@ -207,7 +199,7 @@ def _checked(path: Path, origin: str, trusted_key: Path | None, allow_untrusted:
             "nothing was installed; unpacking it runs nothing, but running it would run this: read it, and if you "
             "trust its author, give --allow-untrusted"
         )
-    raise Refused("\n  ".join([f"{origin} is {report.verdict}:", *lines]) + f"\n{advice}")
+    raise RefusedError("\n  ".join([f"{origin} is {report.verdict}:", *lines]) + f"\n{advice}")
 
 
 def _require_same(new: Path, target: Path, version: str) -> None:
@@ -271,13 +263,13 @@ def _from_hub(source: str, folder: Path, version: str | None) -> Path:
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             raise ConnectionError(f"{source} cannot be downloaded: {variable} is set; unset it to allow downloads")
-    from monai.bundle import download
+    from monai import bundle as monai_bundle
 
     logging.getLogger("monai.bundle.scripts").setLevel(logging.WARNING)  # it lists its arguments
     name = match["name"] or match["zoo"]
     where = {"source": "huggingface_hub", "repo": match["repo"]} if match["repo"] else {"source": "monaihosting"}
     try:
-        download(name=name, bundle_dir=folder, version=version, progress=False, **where)
+        monai_bundle.download(name=name, bundle_dir=folder, version=version, progress=False, **where)
     except Exception as error:  # urllib, requests, httpx, the hub, MONAI: no common type
         text = without_credentials(" ".join(str(error).split()))[:300] or type(error).__name__
         wanted = f"version {version} of {source}" if version else source
@@ -287,98 +279,3 @@ def _from_hub(source: str, folder: Path, version: str | None) -> Path:
         raise ConnectionError(f"{source} was not downloaded: the answer holds no folder {name}; tell its author")
     _clear(bundle)
     return bundle
-
-
-def _address(url: str) -> SplitResult:
-    """The parts of a URL, checked."""
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        # Not shown: with a broken address nobody knows which part of it is a password.
-        raise ValueError("the address is not http://HOST/FILE or https://HOST/FILE; a / in a password is written %2F")
-    return parts
-
-
-def _shown(parts: SplitResult) -> str:
-    """The address for messages and records: passwords and the query, which often is a token, are left out."""
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def _download(url: str, folder: Path, with_signature: bool) -> Path:
-    parts = _address(url)
-    name = Path(unquote(parts.path)).name
-    if not name or "\0" in name:
-        raise ValueError(f"{_shown(parts)} names no file; give the address of the bundle's zip")
-    _stream(parts, folder / name)
-    if with_signature:
-        # A signature that is missing is for the check to report.
-        with suppress(FileNotFoundError):
-            _stream(parts._replace(path=f"{parts.path}.sig"), folder / f"{name}.sig")
-    return folder / name
-
-
-def _stream(parts: SplitResult, file: Path) -> None:
-    """Write what the address answers into a file.
-
-    Raises:
-        FileNotFoundError: if the server says 404 or 410.
-        ConnectionError: if it says another error, nothing, too much or too little.
-    """
-    address = _shown(parts)
-    with _open(parts, address) as response, file.open("wb") as out:
-        length = response.headers.get("Content-Length", "")
-        expected = int(length) if length.isdigit() else None
-        done = 0
-        total = -(-expected // CHUNK_BYTES) if expected is not None else None
-        for chunk in track(_chunks(response, address), f"downloading {file.name}", total):
-            done += len(chunk)
-            if max(done, expected or 0) > LIMIT_BYTES:
-                raise ConnectionError(f"{address} is larger than {LIMIT_BYTES / 2**30:g} GiB; is it a bundle's zip?")
-            out.write(chunk)
-    if expected is not None and done != expected:
-        raise ConnectionError(f"{address} broke off after {done} of {expected} bytes; try again")
-
-
-def _open(parts: SplitResult, address: str) -> Any:
-    query = f"?{parts.query}" if parts.query else ""
-    request = Request(address + query, headers={"User-Agent": f"medseg/{__version__}"})
-    user_info, at, _ = parts.netloc.rpartition("@")
-    if at:
-        token = base64.b64encode(unquote(user_info).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {token}")
-    try:
-        return build_opener(_HttpOnly).open(request, timeout=TIMEOUT_SECONDS)
-    except HTTPError as error:
-        error.close()
-        kind = FileNotFoundError if error.code in (404, 410) else ConnectionError
-        raise kind(f"{address}: the server answers {error.code} {error.reason}; check the address") from error
-    except (OSError, HTTPException) as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        raise ConnectionError(f"{address} does not answer: {reason}; check the address and the network") from error
-
-
-def _chunks(response: IO[bytes], address: str) -> Iterator[bytes]:
-    while True:
-        try:
-            chunk = response.read(CHUNK_BYTES)
-        except (OSError, HTTPException) as error:
-            raise ConnectionError(f"{address} broke off: {error or type(error).__name__}; try again") from error
-        if not chunk:
-            return
-        yield chunk
-
-
-class _HttpOnly(HTTPRedirectHandler):
-    """Follows redirects to web addresses only, and never from an encrypted one to a plain one."""
-
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
-    ) -> Request | None:
-        """Refuse what urllib would follow: ftp, and http after https."""
-        scheme = urlsplit(newurl).scheme
-        if scheme not in ("http", "https") or (req.type == "https" and scheme == "http"):
-            raise HTTPError(req.full_url, code, f"redirect to {scheme}: refused", headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)

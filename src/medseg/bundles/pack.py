@@ -13,16 +13,15 @@ from importlib import metadata as installed
 from pathlib import Path
 from typing import Any
 
-from medseg.bundles.archive import file_sha256, write_zip
+from medseg.bundles.archive import SUMS, write_zip
 from medseg.bundles.card import card_markdown
 from medseg.bundles.catalog import Bundle, find_bundle, repository_root
 from medseg.bundles.check import schema_problems
 from medseg.bundles.config_check import unused_keys
 from medseg.bundles.configs import Config, walk
-from medseg.bundles.promote import describe_data
-from medseg.bundles.release import OVERLAYS, Release, read_release
+from medseg.bundles.release import OVERLAYS, Release, describe_data, read_release
 from medseg.bundles.self_test import SELF_TEST, is_empty, run_inference
-from medseg.bundles.verify import SUMS
+from medseg.io.files import file_sha256
 
 #: What is said of the files of a packed bundle, in the card.
 FILES = {
@@ -187,11 +186,8 @@ def _brings(inference: Mapping[str, Any]) -> str:
 
 def _is_own(config: Mapping[str, Any]) -> bool:
     """Whether the network is defined in medseg itself."""
-    parts = {k: config[k] for k in ("network_def", "networks") if k in config}
-    chosen = config.get("network_name")
-    if isinstance(parts.get("networks"), dict) and chosen in parts["networks"]:
-        parts["networks"] = {chosen: parts["networks"][chosen]}
-    return any(str(v).startswith("medseg.") for k, v in walk(parts) if k.endswith("_target_"))
+    network = walk(config["network_def"], "network_def")
+    return any(str(v).startswith("medseg.") for k, v in network if k.endswith("_target_"))
 
 
 def chosen_network(config: Config) -> Config:

@@ -15,7 +15,7 @@ import yaml
 
 from medseg.bundles.catalog import Bundle, list_bundles, repository_root
 from medseg.bundles.check import schema_problems
-from medseg.bundles.release import OVERLAYS, Release, read_release
+from medseg.bundles.release import OVERLAYS, Release, describe_data, read_release
 from medseg.io.files import write_atomically
 
 __all__ = ["Promotion", "promote"]
@@ -73,16 +73,6 @@ def promote(run: Path, task: str | None = None, version: str | None = None, note
     text = json.dumps(metadata, indent=4, ensure_ascii=False) + "\n"
     write_atomically(bundle.path / "configs" / "metadata.json", text.encode())
     return Promotion(Bundle(bundle.name, bundle.path, metadata), version, change)
-
-
-def describe_data(provenance: dict[str, Any]) -> str:
-    """What a run was trained on, in a sentence."""
-    data = provenance.get("data", {})
-    sizes = ", ".join(f"{data[k]} {k.removesuffix('_items')}" for k in data if k.endswith("_items") and data[k] != "0")
-    kinds = "; ".join(f"{k.removeprefix('data.')}: {v}" for k, v in data.items() if k.startswith("data."))
-    words = [data.get("name", ""), data.get("description", ""), f"items: {sizes}" if sizes else "", kinds]
-    hashed = provenance.get("datalist_sha256")
-    return ". ".join([*filter(None, words), *([f"SHA-256 of the data list {hashed}"] if hashed else [])])
 
 
 def _bundle_of(run: Path, task: str | None, root: Path) -> Bundle:

@@ -26,7 +26,16 @@ OVERLAYS = "overlays"
 
 CONFIGS = ("train", "evaluate", "inference")
 
-__all__ = ["CONFIGS", "OVERLAYS", "Release", "config_sha256", "portable_configs", "read_release", "source_configs"]
+__all__ = [
+    "CONFIGS",
+    "OVERLAYS",
+    "Release",
+    "config_sha256",
+    "describe_data",
+    "portable_configs",
+    "read_release",
+    "source_configs",
+]
 
 
 @dataclass
@@ -117,6 +126,16 @@ def read_release(weights: Path, bundle: Bundle, root: Path, bundle_root: str) ->
 def config_sha256(config: Config) -> str:
     """Hash of a config's content, whatever its formatting."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def describe_data(provenance: dict[str, Any]) -> str:
+    """What a run was trained on, in a sentence."""
+    data = provenance.get("data", {})
+    sizes = ", ".join(f"{data[k]} {k.removesuffix('_items')}" for k in data if k.endswith("_items") and data[k] != "0")
+    kinds = "; ".join(f"{k.removeprefix('data.')}: {v}" for k, v in data.items() if k.startswith("data."))
+    words = [data.get("name", ""), data.get("description", ""), f"items: {sizes}" if sizes else "", kinds]
+    hashed = provenance.get("datalist_sha256")
+    return ". ".join([*filter(None, words), *([f"SHA-256 of the data list {hashed}"] if hashed else [])])
 
 
 def _of_run(weights: Path, run: Path, bundle: Bundle) -> Release:

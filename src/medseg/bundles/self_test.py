@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from medseg.bundles.archive import Refused, extract, open_bundle
+from medseg.bundles.archive import RefusedError, extract, open_bundle
 
 SELF_TEST = "self_test"
 
@@ -102,7 +102,7 @@ def _read(path: Path) -> Any:
 
         with Image.open(path) as image:
             return np.asarray(image)
-    raise Refused(f"{path.name}: a self-test's masks are PNG, TIFF or NIfTI")
+    raise RefusedError(f"{path.name}: a self-test's masks are PNG, TIFF or NIfTI")
 
 
 def _worst_dice(expected: Any, found: Any) -> float:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
-from medseg.bundles.archive import Refused
+from medseg.bundles.archive import RefusedError
 
 SIGNATURE_BYTES = 64
 #: No key file comes near this size; whatever does was named by mistake.
@@ -64,20 +64,20 @@ def verify_signature(digest: str, signature: bytes, trusted: Path) -> str:
     Raises:
         FileNotFoundError: if there is no key file.
         ValueError: if the digest is none or ``trusted`` holds no Ed25519 public key.
-        Refused: if the signature is not by this key over this digest.
+        RefusedError: if the signature is not by this key over this digest.
     """
     key = _public_key(trusted)
     ssh = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1]
     fingerprint = "SHA256:" + base64.b64encode(hashlib.sha256(base64.b64decode(ssh)).digest()).decode().rstrip("=")
     if len(signature) != SIGNATURE_BYTES:
-        raise Refused(
+        raise RefusedError(
             f"the signature has {len(signature)} bytes instead of {SIGNATURE_BYTES}: no raw Ed25519 signature;"
             " get the .sig file again from the author"
         )
     try:
         key.verify(signature, _message(digest))
     except InvalidSignature:
-        raise Refused(
+        raise RefusedError(
             f"the signature is not by {trusted} ({fingerprint}) over {digest}: the bundle was changed, or somebody"
             " else signed it; ask the author for the digest and the key"
         ) from None

@@ -419,8 +419,11 @@ def _call_reasons(node: ast.Call, imported: Mapping[str, str]) -> Iterator[str]:
     for keyword in node.keywords:
         if keyword.arg is not None:
             given[keyword.arg] = _literal(keyword.value)
-        elif isinstance(keyword.value, ast.Dict) and all(_is_text(k) for k in keyword.value.keys):
-            given |= {_literal(k): _literal(v) for k, v in zip(keyword.value.keys, keyword.value.values, strict=True)}  # type: ignore[misc]
+            continue
+        names = [_literal(k) for k in keyword.value.keys] if isinstance(keyword.value, ast.Dict) else [_COMPUTED]
+        values = keyword.value.values if isinstance(keyword.value, ast.Dict) else []
+        if all(isinstance(name, str) for name in names):
+            given |= {str(n): _literal(v) for n, v in zip(names, values, strict=True)}
         else:
             yield "the names of arguments are computed"
     for argument, value in given.items():
@@ -448,10 +451,6 @@ _COMPUTED = object()
 def _literal(node: ast.AST | None) -> object:
     """A constant's value; something unlike any value for what is computed."""
     return node.value if isinstance(node, ast.Constant) else _COMPUTED
-
-
-def _is_text(node: ast.AST | None) -> bool:
-    return isinstance(_literal(node), str)
 
 
 def _joined(tree: ast.AST) -> Iterator[ast.AST]:

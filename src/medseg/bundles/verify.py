@@ -11,15 +11,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from medseg.bundles.archive import BundleFiles, Refused, file_sha256, open_bundle
+from medseg.bundles.archive import SUMS, BundleFiles, RefusedError, copy_texts, open_bundle
 from medseg.bundles.check import schema_problems
 from medseg.bundles.config_check import cycles, missing_references
 from medseg.bundles.configs import MAX_DEPTH, SUFFIXES, Config, lay_over, parse_config, walk
 from medseg.bundles.macros import resolve_macros
+from medseg.bundles.pickles import has_pickled_objects
+from medseg.bundles.programs import scan_program
 from medseg.bundles.trust import Use, judge_configs, judge_logging
-from medseg.bundles.weights import Layout, has_pickled_objects, read_layout, scan_program, tensor_digests
+from medseg.bundles.weights import Layout, read_layout, tensor_digests
+from medseg.io.files import file_sha256
 
-SUMS = "SHA256SUMS"
 LAYOUT = "models/network_layout.json"
 
 #: Files of tensors, programs for a runtime of their own, and what else a bundle may hold.
@@ -32,7 +34,7 @@ DATA = {
 }  # fmt: skip
 
 #: Files without a suffix that have a meaning, and hidden ones that the hub adds.
-PLAIN_NAMES = {"LICENSE", "NOTICE", "README", "CITATION", "VERSION", "SHA256SUMS", ".gitattributes", ".gitignore"}
+PLAIN_NAMES = {"LICENSE", "NOTICE", "README", "CITATION", "VERSION", SUMS, ".gitattributes", ".gitignore"}
 
 #: A config of the zoo has some 20 kB; the largest data lists that are packed with one have less than this.
 MAX_CONFIG = 2**20
@@ -40,9 +42,6 @@ MAX_KEY = 200
 
 _PLAIN_PATH = re.compile(r"\+?\w+((::|#)\w+)*")
 _PLAIN_MACRO = re.compile(r"%[\w./-]+((::|#)[\w-]+)*")
-
-#: Verdicts in rising order of trouble, and the exit code of each.
-VERDICTS = {"trusted": 0, "untrusted": 1, "refused": 1}
 
 __all__ = ["Finding", "Report", "verify"]
 
@@ -149,12 +148,12 @@ def verify(path: Path, trusted_key: Path | None = None) -> Report:
             for look_at in (_check_files, _check_sums, _check_metadata, _check_configs, _check_weights):
                 try:
                     look_at(bundle, report)
-                except Refused:
+                except RefusedError:
                     raise
                 except Exception as error:  # a file made to break its reader: whatever it is, it is not to be used
                     what = f"{type(error).__name__}: {str(error)[:200]}"
                     report.add("refused", path.name, f"something in it cannot be read ({what})")
-    except Refused as error:
+    except RefusedError as error:
         report.add("refused", path.name, str(error).removeprefix(f"{path}: "))
         report.sha256 = report.sha256 or (file_sha256(path) if path.is_file() else "")
     if trusted_key is not None:
@@ -174,7 +173,7 @@ def _check_signature(path: Path, key: Path, report: Report) -> None:
         try:
             report.signed_by = verify_signature(report.sha256, file.read_bytes(), key)
             report.checked["signature"] = f"good, by {report.signed_by}"
-        except Refused as error:
+        except RefusedError as error:
             report.add("refused", file.name, str(error))
 
 
@@ -259,9 +258,7 @@ def _check_configs(bundle: BundleFiles, report: Report) -> None:
     texts = [n for n in bundle.names() if PurePosixPath(n).suffix.lower() in SUFFIXES]
     with tempfile.TemporaryDirectory(prefix="medseg-verify-") as temporary:
         root = Path(temporary, bundle.name)  # macros read files: copies of the texts, nothing else is there
-        for name in texts:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(bundle.read_bytes(name, MAX_CONFIG))
+        copy_texts(bundle, texts, root, MAX_CONFIG)
         configs = dict(_resolved(texts, root, report))
     metadata = configs.pop("configs/metadata.json", {})
     everything: Config = {}
@@ -352,7 +349,7 @@ def _check_weights(bundle: BundleFiles, report: Report) -> None:
             elif suffix in WEIGHTS:
                 with bundle.open(name) as file:
                     layouts[name] = read_layout(name, file)
-        except Refused as error:
+        except RefusedError as error:
             report.add("refused", name, str(error).removeprefix(f"{name}: "))
     expected = _layout(bundle, report)
     if expected is None and not layouts:

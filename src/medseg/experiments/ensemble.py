@@ -8,8 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from medseg.bundles.configs import read_config
 from medseg.io.datalist import Item
 from medseg.io.files import write_atomically
 from medseg.training.run_folder import write_config
@@ -75,8 +74,7 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     file = folder / "configs" / f"{name}.yaml"
     if not file.is_file() or not (folder / "models" / "model.pt").is_file():
         raise FileNotFoundError(f"{folder} is no finished run: it lacks configs/{name}.yaml or models/model.pt")
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return config
+    return read_config(file)
 
 
 def _network(definition: Any, count: int, activation: str) -> dict[str, Any]:

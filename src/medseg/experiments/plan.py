@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from medseg.bundles.catalog import Bundle
+from medseg.bundles.configs import read_config
 from medseg.bundles.macros import resolve_macros
 from medseg.experiments.folds import assign_folds, fold_datalist
 from medseg.io.datalist import Item, load_datalist
@@ -298,7 +297,7 @@ def _merged(root: Path, files: Sequence[str], settings: Sequence[Setting]) -> di
     for file in files:
         if not (root / file).is_file():
             raise FileNotFoundError(f"no config {root / file}")
-        config |= yaml.safe_load((root / file).read_text(encoding="utf-8")) or {}
+        config |= read_config(root / file)
     return config | {s.key: s.value for s in settings if s.scope is None}
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.io.files import write_atomically
+from medseg.io.files import file_sha256, write_atomically
 from medseg.io.images import read_grey
 
 Item = dict[str, Any]
@@ -276,7 +276,7 @@ def _content_problems(lists: Mapping[str, list[Item]], with_folds: bool) -> list
             by_size[Path(item["image"]).stat().st_size][item["image"]] = _side(section, item, with_folds)
     twins = [(path, side) for files in by_size.values() if len(files) > 1 for path, side in files.items()]
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        hashes = pool.map(lambda twin: _sha256(Path(twin[0])), twins)
+        hashes = pool.map(lambda twin: file_sha256(Path(twin[0])), twins)
         by_content: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for twin, content in zip(twins, hashes, strict=True):
             by_content[content].append(twin)
@@ -289,14 +289,6 @@ def _content_problems(lists: Mapping[str, list[Item]], with_folds: bool) -> list
             elif not with_folds:
                 problems.append(f"image {path} is the same picture as {first}; it would count twice: keep one")
     return problems
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _level_fields(lists: Mapping[str, list[Item]]) -> None:

@@ -1,11 +1,13 @@
-"""Writing files whole or not at all."""
+"""Files: written whole or not at all, and hashed block by block."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+from typing import IO
 
-__all__ = ["write_atomically"]
+__all__ = ["file_sha256", "sha256_of", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -25,3 +27,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in lower-case hexadecimal."""
+    with path.open("rb") as file:
+        return sha256_of(file)
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    """SHA-256 of what is left of an open file, read block by block."""
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -103,15 +103,16 @@ def _trace(network: nn.Module, shape: list[int], extra: Mapping[str, Mapping[str
     # MONAI's own writer (save_net_with_metadata) would add the time of day, and no two files would be alike.
     files = {f"{name}.json": json.dumps(dict(content)) for name, content in extra.items()}
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    jit: Any = torch.jit  # comes without types
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary, path.name)  # torch calls the folder inside after the file, and readers look for that
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                program = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
-                torch.jit.save(program, str(fresh), _extra_files=files)
+                program = jit.trace(network, example, check_trace=False)
+                jit.save(program, str(fresh), _extra_files=files)
                 content = _without_call_stack(fresh)
-                again = torch.jit.load(io.BytesIO(content))  # type: ignore[no-untyped-call]
+                again = jit.load(io.BytesIO(content))
                 worst = _difference(network, again, shape)
         except Exception as error:  # what can be traced is not known before it is tried
             return f"left out: the network cannot be traced ({str(error).strip().splitlines()[-1][:120]})"
