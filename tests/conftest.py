@@ -51,6 +51,16 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny_subtomograms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 66 subtomograms of 32^3, 3 of each class: 42 in the folds 0 to 2, 24 to test."""
+    from medseg.tasks.cryoet_one_shot.simulate import simulate
+
+    out = tmp_path_factory.mktemp("subtomograms")
+    simulate(out, 66, seed=7, method="analytic", folds=3, workers=1)
+    return out
+
+
 @pytest.fixture
 def bundle_run() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``python -m monai.bundle run`` in a process of its own, from the repository root."""

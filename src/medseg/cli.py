@@ -6,6 +6,7 @@ Exit codes: 0 it worked, 1 it failed (the message says why), 2 the command line 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import shlex
 import sys
@@ -37,6 +38,10 @@ Settings = Annotated[
         help="Argument of the bundle, e.g. dataset_dir=my_data or "
         "max_epochs=50; for one network or mode only: transfer:encoder_weights=weights/{network}.pt",
     ),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Further option of the task, e.g. method=analytic."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -108,15 +113,46 @@ def check(
 def simulate(
     task: Task,
     out: Annotated[Path, typer.Option(help="Folder to write images, masks and datalist.json to.")],
-    count: Annotated[int, typer.Option(help="How many images (per style).")],
+    count: Annotated[int, typer.Option(help="How many images or volumes (per style).")],
     seed: Annotated[int, typer.Option(help="Seed; the same arguments give the same files.")] = 0,
-    style: Annotated[list[str] | None, typer.Option(help="Look of the images; may be given several times.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
+    style: Annotated[
+        list[str] | None, typer.Option(help="Look of the images, e.g. an SNR; may be given several times.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels or voxels.")] = None,
+    settings: Options = None,
 ) -> None:
     """Write simulated images with exact truth, and the data list that bundles train from."""
+    run = _task_module(task, "simulate").simulate
     chosen = {k: v for k, v in {"style": style, "size": size}.items() if v is not None}
-    datalist = _task_module(task, "simulate").simulate(out, count, seed, **chosen)
-    print(f"{datalist}")
+    print(run(out, count, seed, **chosen, **_options(run, settings or [])))
+
+
+@app.command("import")
+def import_(
+    layout: Annotated[str, typer.Argument(help="Layout of the data, e.g. cos-net; an unknown one lists all.")],
+    source: Annotated[Path, typer.Argument(help="Folder that holds the data.")],
+    out: Annotated[Path, typer.Option(help="Folder to write images, masks and datalist.json to.")],
+    settings: Options = None,
+) -> None:
+    """Turn a public data set in its own layout into files and a data list that bundles train from."""
+    from medseg.bundles.catalog import find_importer
+
+    module = find_importer(layout)
+    run = getattr(importlib.import_module(module), module.rpartition(".")[2])
+    print(run(source, out, **_options(run, settings or [])))
+
+
+@app.command("fit-crf")
+def fit_crf(
+    task: Task,
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    steps: Annotated[int, typer.Option(help="Steps of gradient descent.")] = 60,
+    cases: Annotated[int, typer.Option(help="Validation cases, evenly chosen: half fit, half judge.")] = 48,
+    learning_rate: Annotated[float, typer.Option(help="Relative change of a parameter per step.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the cases.")] = 0,
+) -> None:
+    """Fit the five parameters of a run's CRF on its validation cases and store them in its configs."""
+    print(_task_module(task, "fit_crf").fit(run, steps, cases, learning_rate, seed))
 
 
 @app.command()
@@ -365,6 +401,28 @@ def _signer(key: Path) -> Callable[[str], bytes]:
         sign("0" * 64, key, password)
         return lambda digest: sign(digest, key, password)
     return lambda digest: sign(digest, key)
+
+
+def _options(function: Callable[..., Any], settings: list[str]) -> dict[str, Any]:
+    """Keyword arguments of a task's function from ``key=value``, each of the type of its default."""
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    chosen: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            raise ValueError(
+                f"--set {text}: the options are {', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}"
+            )
+        kind = type(known[key])
+        try:
+            chosen[key] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
+        except ValueError as error:
+            raise ValueError(f"--set {text}: {key} is a {kind.__name__}, e.g. {known[key]}") from error
+    return chosen
 
 
 def _words(text: str) -> list[str]:

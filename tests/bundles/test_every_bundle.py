@@ -19,6 +19,26 @@ BUNDLES = list_bundles(Path(__file__).resolve().parents[2])
 VARIANTS = [(b, network) for b in BUNDLES for network in b.metadata["networks"]]
 
 
+#: Of each bundle: the fixture with its data, what makes it small, how many items train and validate, and are segmented.
+TINY = {
+    "fluorescence_tumor": ("tiny_data", {"roi_size": [32, 32]}, 8, 10),
+    "cryoet_one_shot": ("tiny_subtomograms", {"channels": 4}, 42, 66),
+}
+
+#: Parameters that an output mask does not depend on. An EfficientNet's classifier head stays in the library's encoder,
+#: and its forward never uses it; COS-Net's features and their match are tested with the task.
+NOT_FOR_MASKS = {
+    "fluorescence_tumor": ("encoder._conv_head.", "encoder._bn1."),
+    "cryoet_one_shot": ("feature_encoder.", "score."),
+}
+
+#: Keys that inference takes from training, by macro.
+SHARED = {
+    "fluorescence_tumor": ("image_size", "roi_size", "normalize", "inferer"),
+    "cryoet_one_shot": ("size", "threshold", "crf", "crf_def", "refine"),
+}
+
+
 def configs(bundle) -> str:
     return f"bundles/{bundle.name}/configs"
 
@@ -26,6 +46,13 @@ def configs(bundle) -> str:
 @pytest.fixture(params=BUNDLES, ids=lambda b: b.name)
 def bundle(request):
     return request.param
+
+
+def input_shape(parser) -> list[int]:
+    """A size (1, ...) that the metadata allow, no two sides equal where they may differ."""
+    metadata = json.loads(Path(parser["bundle_root"], "configs", "metadata.json").read_text())
+    sides = metadata["network_data_format"]["inputs"]["image"]["spatial_shape"]
+    return [1, *(s if isinstance(s, int) else 32 * (2 + i) for i, s in enumerate(sides))]
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0].name}-{v[1]}")
@@ -91,14 +118,13 @@ def test_verify_net_in_out(network_parser):
 def test_forward_and_backward_reach_every_used_parameter(network_parser):
     torch.manual_seed(0)
     network = network_parser.get_parsed_content("network_def").train()
-    images = torch.randn(2, 1, 64, 96, requires_grad=True)
+    images = torch.randn(2, *input_shape(network_parser), requires_grad=True)
     logits = network(images)
-    assert logits.shape == (2, 1, 64, 96)
+    assert logits.shape == images.shape
     logits.square().mean().backward()
     assert torch.isfinite(images.grad).all()
     without = [n for n, p in network.named_parameters() if p.grad is None]
-    # an EfficientNet's classifier head stays in the library's encoder, and its forward never uses it
-    assert [n for n in without if not n.startswith(("encoder._conv_head.", "encoder._bn1."))] == []
+    assert [n for n in without if not n.startswith(NOT_FOR_MASKS[Path(network_parser["bundle_root"]).name])] == []
 
 
 def test_export_reproduces_the_network(network_parser, tmp_path):
@@ -108,6 +134,7 @@ def test_export_reproduces_the_network(network_parser, tmp_path):
     torch.manual_seed(0)
     network = network_parser.get_parsed_content("network_def").eval()
     torch.save(network.state_dict(), tmp_path / "model.pt")
+    shape = [1, *([min(input_shape(network_parser)[1:])] * (len(input_shape(network_parser)) - 1))]
     folder = network_parser["bundle_root"] + "/configs"
     ckpt_export(
         net_id="network_def",
@@ -117,42 +144,45 @@ def test_export_reproduces_the_network(network_parser, tmp_path):
         config_file=f"{folder}/inference.yaml",
         network_name=network_parser["network_name"],
         use_trace=True,
-        input_shape=[1, 1, 64, 64],
+        input_shape=[1, *shape],
     )
     exported = torch.jit.load(str(tmp_path / "model.ts"))
-    images = torch.randn(3, 1, 64, 64)
+    images = torch.randn(3, *shape)
     with torch.no_grad():
         torch.testing.assert_close(exported(images), network(images), rtol=1e-4, atol=1e-5)
 
 
-def test_monai_finds_the_properties(bundle, tiny_data, tmp_path):
+def test_monai_finds_the_properties(bundle, request, tmp_path):
+    fixture, small, items, files = TINY[bundle.name]
+    data = request.getfixturevalue(fixture)
     train = create_workflow(
         config_file=f"{configs(bundle)}/train.yaml",
         workflow_type="train",
-        dataset_dir=str(tiny_data),
+        dataset_dir=str(data),
         output_dir=str(tmp_path),
-        roi_size=[32, 32],
+        **small,
     )
     train.initialize()
     assert train.check_properties() == []
-    assert len(train.train_dataset) + len(train.val_dataset) == 8
+    assert len(train.train_dataset) + len(train.val_dataset) == items
     assert train.trainer.network is train.parser.get_parsed_content("network")
     for name in ("train_inferer", "val_inferer", "train_preprocessing", "val_postprocessing", "train_dataset_data"):
         assert getattr(train, name) is not None, name
-    infer = create_workflow(
-        config_file=f"{configs(bundle)}/inference.yaml", workflow_type="infer", dataset_dir=str(tiny_data / "images")
-    )
+    where = {"dataset_dir": str(Path(train.train_dataset_data[0]["image"]).parent)}
+    if "support_dir" in (bundle.path / "configs" / "inference.yaml").read_text():
+        where["support_dir"] = str(data / "templates")
+    infer = create_workflow(config_file=f"{configs(bundle)}/inference.yaml", workflow_type="infer", **where)
     infer.initialize()
     assert infer.check_properties() == []
-    assert len(infer.dataset) == 10
+    assert len(infer.dataset) == files
 
 
-def test_an_unknown_argument_is_refused_before_any_work(bundle, tiny_data, tmp_path):
+def test_an_unknown_argument_is_refused_before_any_work(bundle, request, tmp_path):
     with pytest.raises(RuntimeError) as caught:
         create_workflow(
             config_file=f"{configs(bundle)}/train.yaml",
             workflow_type="train",
-            dataset_dir=str(tiny_data),
+            dataset_dir=str(request.getfixturevalue(TINY[bundle.name][0])),
             output_dir=str(tmp_path / "run"),
             max_epoch=3,
         ).initialize()
@@ -163,5 +193,5 @@ def test_an_unknown_argument_is_refused_before_any_work(bundle, tiny_data, tmp_p
 def test_inference_takes_its_network_and_scale_from_training(bundle):
     """Train and inference cannot drift apart: these keys are macros into train.yaml."""
     inference = yaml.safe_load((bundle.path / "configs" / "inference.yaml").read_text())
-    for key in ("network_def", "networks", "network_name", "image_size", "roi_size", "normalize", "inferer"):
+    for key in ("network_def", "networks", "network_name", *SHARED[bundle.name]):
         assert inference[key].startswith(f"%{configs(bundle)}/train.yaml::"), key

@@ -52,7 +52,7 @@ def card_markdown(
     from jinja2 import Environment
 
     template = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
-    requirements = " ".join(f"{k}=={v}" for k, v in metadata["required_packages_version"].items())
+    requirements = " ".join(f"{k}=={v}" for k, v in metadata["required_packages_version"].items() if k != "medseg")
     text: str = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False).from_string(template).render(
         readme=readme.strip(),
         metadata=metadata,

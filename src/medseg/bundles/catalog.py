@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Bundle", "find_bundle", "list_bundles", "repository_root"]
+__all__ = ["Bundle", "find_bundle", "find_importer", "list_bundles", "repository_root"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,19 @@ def find_bundle(name: str, root: Path | None = None) -> Bundle:
         if bundle.name == name:
             return bundle
     raise ValueError(f"no task {name!r}; there are: {', '.join(b.name for b in bundles) or '(none)'}")
+
+
+def find_importer(layout: str) -> str:
+    """The module that reads a public data set's own layout: ``medseg/tasks/<task>/import_<layout>.py``.
+
+    Args:
+        layout: e.g. ``cos-net``.
+
+    Raises:
+        ValueError: if there is none; the message lists those there are.
+    """
+    tasks = Path(__file__).resolve().parents[1] / "tasks"
+    known = {f.stem.removeprefix("import_").replace("_", "-"): f for f in sorted(tasks.glob("*/import_*.py"))}
+    if layout not in known:
+        raise ValueError(f"no layout {layout!r} is known; there are: {', '.join(known)}")
+    return f"medseg.tasks.{known[layout].parent.name}.{known[layout].stem}"

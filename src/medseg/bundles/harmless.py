@@ -42,11 +42,11 @@ DEFINED = [
     r"medseg\.metrics\.[a-z]\w*",
     r"medseg\.bundles\.running\.(readable_output|check_arguments)",
     r"medseg\.io\.datalist\.(load_datalist|split|scored_items|check_binary_masks)",
-    r"medseg\.io\.predictions\.(PredictionReport|check_inputs)",
+    r"medseg\.io\.predictions\.(PredictionReport|check_inputs)|medseg\.io\.mrc_monai\.MRC(Reader|Writer)",
     r"medseg\.training\.\w+\.[A-Z]\w*|medseg\.training\.(transfer\.prepare|checkpoint\.load_weights)",
     r"medseg\.tracking\.recorder\.MLflowRecorder",
     r"medseg\.(crf|detection)\.(\w+\.)?[A-Z]\w*",
-    r"medseg\.tasks\.[a-z]\w*\.(?!simulate|demo|paper)[a-z]\w*\.[A-Z]\w*",
+    r"medseg\.tasks\.[a-z]\w*\.(?!simulate|demo|paper|fit_crf|import_)[a-z]\w*\.[A-Z]\w*",
     r"segmentation_models_pytorch\.(decoders\.\w+\.\w+|losses\.\w+)\.[A-Z]\w*",
     r"(pytorch_lightning|lightning\.pytorch)\.callbacks\.\w+(\.\w+)?\.[A-Z]\w*",
     r"torchvision\.models\.(detection\.|segmentation\.|video\.)?\w+\.[a-z]\w*|torchvision\.ops\.\w+\.[a-zA-Z]\w*",
@@ -129,6 +129,7 @@ ATTRIBUTES = frozenset(_WORDS.split())
 READERS = re.compile(r"(itk|nibabel|pil|pydicom|nrrd)(reader|writer)", re.IGNORECASE)
 READER_CLASSES = re.compile(
     r"(monai\.data\.(image_reader|image_writer)\.)?(ITK|Nibabel|PIL|Pydicom|Nrrd)(Reader|Writer)"
+    r"|medseg\.io\.mrc_monai\.MRC(Reader|Writer)"
 )
 
 #: Arguments that make a library fetch weights if they are not false; of these libraries they must be given.

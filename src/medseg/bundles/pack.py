@@ -107,7 +107,7 @@ def _fill(folder: Path, bundle: Bundle, release: Release, metadata: Config, onnx
     shutil.copyfile(bundle.path / "LICENSE", folder / "LICENSE")
     configs = {name: chosen_network(config) for name, config in release.configs.items()}
     inference = packed = configs["inference"]
-    if _is_own(inference):  # what trains and scores it is medseg's as well, and stays there
+    if _is_own(inference) and not _needs_medseg(metadata):  # what trains and scores it is medseg's, and stays there
         packed = _load_program(inference)
         configs = {"inference": packed}
     for name, config in configs.items():
@@ -129,9 +129,11 @@ def _fill(folder: Path, bundle: Bundle, release: Release, metadata: Config, onnx
     tested = _self_test(folder, bundle)
     notes = [f"{file}: {remark}" for file, remark in remarks.items() if remark.startswith("left out")] + tested
     described = FILES | {f"models/{file}": remark for file, remark in remarks.items()}
+    if _needs_medseg(metadata):
+        described["configs/inference.json"] = "segments a folder; needs medseg"
     files = [(f, text) for f, text in described.items() if f == SUMS or (folder / f).exists()]
     readme = (bundle.path / "docs" / "README.md").read_text(encoding="utf-8")
-    card = card_markdown(readme, metadata, release, files, notes, _brings(inference))
+    card = card_markdown(readme, metadata, release, files, notes, _brings(inference, metadata))
     (folder / "docs" / "README.md").write_text(card, encoding="utf-8")
     names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
     (folder / SUMS).write_text("".join(f"{file_sha256(folder / n)}  {n}\n" for n in names))
@@ -175,7 +177,14 @@ def _version(package: str) -> str:
         raise ValueError(f"the bundle needs {package}, which is not installed here: pip install {package}") from error
 
 
-def _brings(inference: Mapping[str, Any]) -> str:
+def _needs_medseg(metadata: Mapping[str, Any]) -> bool:
+    """Whether not only the network but what surrounds it at inference is medseg's: a traced program would not do."""
+    return "medseg" in metadata["required_packages_version"]
+
+
+def _brings(inference: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    if _needs_medseg(metadata):
+        return "Network and inference are medseg's own: install medseg in the version that metadata.json names."
     if _is_own(inference):
         return (
             "The network is medseg's own and comes as a program, `models/model.ts`: neither medseg nor its network's "

@@ -102,7 +102,11 @@ def _read(path: Path) -> Any:
 
         with Image.open(path) as image:
             return np.asarray(image)
-    raise RefusedError(f"{path.name}: a self-test's masks are PNG, TIFF or NIfTI")
+    if path.suffix.lower() == ".mrc":
+        from medseg.io.mrc import read_mrc
+
+        return read_mrc(path)[0]
+    raise RefusedError(f"{path.name}: a self-test's masks are PNG, TIFF, NIfTI or MRC")
 
 
 def _worst_dice(expected: Any, found: Any) -> float:

@@ -19,14 +19,21 @@ from medseg.io.datalist import GROUP_FIELDS, Item
 __all__ = ["assign_folds", "fold_datalist", "group_ids"]
 
 
-def assign_folds(items: Sequence[Item], folds: int, seed: int = 0, stratify: str | None = None) -> list[int]:
+def assign_folds(
+    items: Sequence[Item],
+    folds: int,
+    seed: int = 0,
+    stratify: str | None = None,
+    group_fields: Sequence[str] = GROUP_FIELDS,
+) -> list[int]:
     """Deal items to folds, every class evenly, every group whole.
 
     Args:
-        items: of a data list. Items that share a ``patient`` or a ``video`` form a group.
+        items: of a data list. Items that share a value of one of ``group_fields`` form a group.
         folds: number of folds, at least 2.
         seed: seed of the shuffle.
         stratify: field that holds the class of an item; without it folds are only balanced in size.
+        group_fields: ``patient`` and ``video``, and what else must stay on one side.
 
     Returns:
         A fold in 0 .. folds - 1 per item. Without groups the number of items of a class differs by at most one
@@ -43,9 +50,9 @@ def assign_folds(items: Sequence[Item], folds: int, seed: int = 0, stratify: str
         raise ValueError(f"{folds} folds cannot be cross-validated; ask for at least 2")
     if stratify and not any(stratify in item for item in items):
         raise ValueError(f"no item has the field {stratify!r} to stratify by; leave it out or add it to the data list")
-    groups = group_ids(items)
+    groups = group_ids(items, group_fields)
     if len(set(groups)) < folds:
-        what = "items" if len(set(groups)) == len(items) else f"groups (same {' or '.join(GROUP_FIELDS)})"
+        what = "items" if len(set(groups)) == len(items) else f"groups (same {' or '.join(group_fields)})"
         raise ValueError(f"{len(set(groups))} {what} cannot be dealt to {folds} folds; use fewer folds or more data")
     grouped = len(set(groups)) < len(items)
     splitter = StratifiedGroupKFold if grouped else StratifiedKFold
@@ -66,7 +73,7 @@ def assign_folds(items: Sequence[Item], folds: int, seed: int = 0, stratify: str
     return result
 
 
-def group_ids(items: Sequence[Item]) -> list[int]:
+def group_ids(items: Sequence[Item], group_fields: Sequence[str] = GROUP_FIELDS) -> list[int]:
     """A number per item, equal for items that must stay together: those that share a patient or a video, in chains."""
     owner = list(range(len(items)))
 
@@ -78,7 +85,7 @@ def group_ids(items: Sequence[Item]) -> list[int]:
 
     first: dict[tuple[str, str], int] = {}
     for i, item in enumerate(items):
-        for field in GROUP_FIELDS:
+        for field in group_fields:
             if item.get(field) not in (None, ""):
                 owner[find(i)] = find(first.setdefault((field, str(item[field])), i))
     return [find(i) for i in range(len(items))]
@@ -91,6 +98,7 @@ def fold_datalist(
     seed: int = 0,
     stratify: str | None = None,
     held_out: Sequence[Item] = (),
+    group_fields: Sequence[str] = GROUP_FIELDS,
 ) -> dict[str, Any]:
     """The data list of one fold, for ``--datalist``; train it with ``--fold`` of the same number.
 
@@ -101,6 +109,7 @@ def fold_datalist(
         seed: as in :func:`assign_folds`; with two folds it deals the validation items.
         stratify: as in :func:`assign_folds`.
         held_out: items that no fold trains, validates or tests on; a further part to score.
+        group_fields: as in :func:`assign_folds`.
 
     Returns:
         ``training`` (with ``fold``), ``test`` and ``held_out``, ready to be written as JSON.
@@ -111,8 +120,8 @@ def fold_datalist(
     numbers = {i: assigned[i] for i in rest}
     if folds == 2:
         kept = [items[i] for i in rest]
-        parts = max(2, min(4, len(set(group_ids(kept)))))
-        dealt = assign_folds(kept, parts, seed, stratify)
+        parts = max(2, min(4, len(set(group_ids(kept, group_fields)))))
+        dealt = assign_folds(kept, parts, seed, stratify, group_fields)
         numbers = {i: fold if part == 0 else folds for i, part in zip(rest, dealt, strict=True)}
     return {
         "training": [{**items[i], "fold": numbers[i]} for i in rest],

@@ -14,8 +14,8 @@ from typing import Any
 from medseg.bundles.catalog import Bundle
 from medseg.bundles.configs import read_config
 from medseg.bundles.macros import resolve_macros
-from medseg.experiments.folds import assign_folds, fold_datalist
-from medseg.io.datalist import Item, load_datalist
+from medseg.experiments.folds import assign_folds, fold_datalist, group_ids
+from medseg.io.datalist import GROUP_FIELDS, Item, load_datalist
 from medseg.tracking.store import without_credentials
 
 #: Keys that a cross-validation gives every child itself.
@@ -154,8 +154,8 @@ def make_plan(
         bundle: the task.
         root: the checkout that bundles are run from.
         out: folder to write to.
-        folds: deal the training items to so many folds; ``None`` takes the folds of the data list (5 if it has none
-            or is repeated).
+        folds: deal the training items to so many folds; ``None`` takes the folds of the data list (5 if it has none,
+            is repeated, or divides what the bundle's ``group`` says must stay on one side).
         networks: names from the bundle's ``networks`` and ``baselines``; all networks by default.
         modes: names from the bundle's ``modes``; the first one by default. A baseline has none.
         repeats: how often to deal and cross-validate; repetition r has the seed ``seed + r``.
@@ -183,14 +183,20 @@ def make_plan(
     if held_out and not tests:
         raise ValueError(f"{path} has no test items to hold out; leave --held-out away")
     stratify = stratify or _present(items, bundle.metadata.get("stratify"))
+    group = bundle.metadata.get("group")
+    group_fields = (*GROUP_FIELDS, group) if group else GROUP_FIELDS
+    if own and group and _splits_groups(items, group_fields):
+        own = False  # folds that a training is free to have, e.g. other volumes of the same classes
     datalists: dict[Path, Any] = {}
     parts: list[tuple[int, int, Path]] = []
     for repeat in range(repeats):
-        assigned = _own_folds(items, path) if own else assign_folds(items, folds or 5, seed + repeat, stratify)
+        assigned = (
+            _own_folds(items, path) if own else assign_folds(items, folds or 5, seed + repeat, stratify, group_fields)
+        )
         for fold in range(max(assigned) + 1):
             file = out / "folds" / f"repeat{repeat}-fold{fold}.json"
             held = tests if held_out else ()
-            datalists[file] = fold_datalist(items, assigned, fold, seed + repeat, stratify, held)
+            datalists[file] = fold_datalist(items, assigned, fold, seed + repeat, stratify, held, group_fields)
             parts.append((repeat, fold, file))
     named = [s.value for s in settings if s.key == "experiment_name" and s.scope is None]
     experiment = named[-1] if named else f"{bundle.name}-{out.name}"
@@ -328,6 +334,12 @@ def _relative(item: Item, dataset_dir: Path) -> Item:
 
 def _present(items: Sequence[Item], field: str | None) -> str | None:
     return field if field and any(field in item for item in items) else None
+
+
+def _splits_groups(items: Sequence[Item], group_fields: Sequence[str]) -> bool:
+    """Whether the items' own folds put one group on several sides."""
+    sides = set(zip(group_ids(items, group_fields), (item["fold"] for item in items), strict=True))
+    return len(sides) > len({group for group, _ in sides})
 
 
 def _own_folds(items: Sequence[Item], path: Path) -> list[int]:

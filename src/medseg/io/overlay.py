@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from medseg.io.images import read_grey
+
 GREEN, YELLOW = (0, 220, 60), (255, 225, 0)
 
-__all__ = ["overlay"]
+__all__ = ["overlay", "overlay_of_file"]
 
 
 def overlay(
@@ -48,6 +50,19 @@ def overlay(
         large = _enlarge(mask, scale)
         picture[large & ~ndimage.binary_erosion(large, iterations=width)] = colour
     return picture
+
+
+def overlay_of_file(
+    path: str, pred: npt.NDArray[np.bool_] | None = None, truth: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.uint8]:
+    """:func:`overlay` on a 2D image file.
+
+    Args:
+        path: image, read with :func:`medseg.io.images.read_grey`.
+        pred: prediction (W, H), as MONAI loads images.
+        truth: truth (W, H).
+    """
+    return overlay(read_grey(path), *(None if mask is None else mask.T for mask in (pred, truth)))
 
 
 def _enlarge(image: npt.NDArray[Any], scale: int) -> npt.NDArray[Any]:

@@ -20,8 +20,8 @@ def read_state_dict(path: str | Path) -> State:
     """Read a state_dict from ``.safetensors``, a plain ``.pt`` or a Lightning checkpoint.
 
     Args:
-        path: file to read. Of a checkpoint the entry ``state_dict`` (or ``model``) is taken, and the prefix
-            ``network.`` that the Lightning module adds is removed.
+        path: file to read. Of a checkpoint the entry ``state_dict`` (or ``model``) is taken; of a Lightning checkpoint
+            only the module's ``network``, without that prefix.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -39,12 +39,13 @@ def read_state_dict(path: str | Path) -> State:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors errors have no common type
         raise ValueError(f"{path} is no readable file of tensors: {str(error).splitlines()[0][:200]}") from error
+    from_lightning = isinstance(content, dict) and "pytorch-lightning_version" in content
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ValueError(f"{path} is no state_dict: it must map names to tensors")
-    return {k.removeprefix("network."): v for k, v in content.items()}
+    return {k.removeprefix("network."): v for k, v in content.items() if not from_lightning or k.startswith("network.")}
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:

@@ -7,7 +7,8 @@ an uninterrupted one would have seen, and the number of workers or processes cha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,27 +19,36 @@ from torch.utils.data.distributed import DistributedSampler
 
 Draw = tuple[int, int, int]  # (epoch, position in the epoch, item)
 
-__all__ = ["SeededDataLoader"]
+__all__ = ["Order", "SeededDataLoader"]
 
 
 class SeededDataLoader(DataLoader):
     """A MONAI ``DataLoader`` for training: shuffled, full batches, reproducible epoch by epoch.
 
     The last batch is filled up with items from the start of the epoch's order (a batch of one breaks batch norm).
-    Under DDP every process gets its share of the same order.
+    Under DDP every process gets every so-many-th batch of the same order.
 
     Args:
         dataset: a MONAI dataset with a ``transform`` that has ``set_random_state``.
         batch_size: items per batch and process.
         seed: seed of order and augmentation.
         num_workers: worker processes.
+        order: draws the items of an epoch; a permutation of all by default.
         kwargs: further arguments of the ``DataLoader``.
 
     Raises:
         ValueError: if the dataset is empty or the batch size is below 1.
     """
 
-    def __init__(self, dataset: Dataset[Any], batch_size: int = 1, seed: int = 0, num_workers: int = 0, **kwargs: Any):
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        order: Order | None = None,
+        **kwargs: Any,
+    ) -> None:
         if len(dataset) == 0:  # type: ignore[arg-type]
             raise ValueError("the training data set is empty")
         if batch_size < 1:
@@ -48,21 +58,42 @@ class SeededDataLoader(DataLoader):
             seeded,
             num_workers=num_workers,
             batch_size=batch_size,
-            sampler=_EpochSampler(seeded, batch_size, seed),
+            sampler=_EpochSampler(seeded, batch_size, seed, order or _Permutation(len(seeded))),
             persistent_workers=num_workers > 0,
             **kwargs,
         )
 
 
+class Order(Protocol):
+    """What an epoch consists of: indices of items, batch after batch."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, generator: torch.Generator) -> list[int]:
+        """Draw an epoch."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Permutation:
+    items: int
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __call__(self, generator: torch.Generator) -> list[int]:
+        return torch.randperm(self.items, generator=generator).tolist()
+
+
 class _EpochSampler(DistributedSampler[Draw]):
-    """A permutation per epoch; Lightning calls ``set_epoch`` before each.
+    """Draws an order per epoch; Lightning calls ``set_epoch`` before each.
 
     Being a ``DistributedSampler`` it is left in place under DDP, where Lightning replaces any other kind.
     """
 
-    def __init__(self, dataset: _SeededDataset, batch_size: int, seed: int) -> None:
+    def __init__(self, dataset: _SeededDataset, batch_size: int, seed: int, order: Order) -> None:
         super().__init__(dataset, num_replicas=1, rank=0, seed=seed)
-        self.items, self.batch_size = len(dataset), batch_size
+        self.order, self.batch_size = order, batch_size
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -73,14 +104,15 @@ class _EpochSampler(DistributedSampler[Draw]):
 
     def __len__(self) -> int:
         step = self.batch_size * self._share()[1]
-        return -(-self.items // step) * self.batch_size
+        return -(-len(self.order) // step) * self.batch_size
 
     def __iter__(self) -> Iterator[Draw]:
         rank, world = self._share()
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        order = torch.randperm(self.items, generator=generator).tolist()
-        for position in range(rank, len(self) * world, world):
-            yield self.epoch, position, order[position % self.items]
+        order = self.order(generator)
+        for batch in range(rank * self.batch_size, len(self) * world, world * self.batch_size):
+            for position in range(batch, batch + self.batch_size):
+                yield self.epoch, position, order[position % len(order)]
 
 
 class _SeededDataset(Dataset[Any]):

@@ -20,7 +20,7 @@ from medseg.training.transfer import frozen_children
 
 Metric = Callable[[Any, Any], float]
 
-__all__ = ["Case", "SegmentationModule"]
+__all__ = ["Case", "SegmentationModule", "plain_tensor"]
 
 
 @dataclass
@@ -62,12 +62,12 @@ class Case:
         }
 
     def unpacked(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Prediction and truth as boolean arrays in the axis order of the files: (H, W) of a 2D image."""
+        """Prediction and truth as boolean arrays, axes as in the network: (W, H) of a 2D image."""
         if self.masks is None:
             raise ValueError(f"the masks of {self.image} were not kept; set keep_masks before scoring")
         *packed, shape = self.masks
         count = int(np.prod(shape))
-        pred, truth = (np.unpackbits(p, count=count).astype(bool).reshape(shape).T for p in packed)
+        pred, truth = (np.unpackbits(p, count=count).astype(bool).reshape(shape) for p in packed)
         return pred, truth
 
 
@@ -86,7 +86,7 @@ class SegmentationModule(pl.LightningModule):
         postprocessing: from one decollated item with logits under ``pred`` to a mask under ``pred``.
         metrics: functions of two boolean masks of one case, by name.
         lr_scheduler: a scheduler, or Lightning's dictionary with ``scheduler`` and ``interval``.
-        channels_last: memory format of 2D networks; convolutions are faster with it, attention is not.
+        channels_last: memory format of the network; convolutions are faster with it, attention is not.
         probability_key: where ``postprocessing`` leaves the probability that the mask was cut from, for the
             calibration; ``None`` if the output is none.
     """
@@ -109,9 +109,10 @@ class SegmentationModule(pl.LightningModule):
         self.train_inferer, self.val_inferer = train_inferer, val_inferer
         self.postprocessing, self.metrics = postprocessing, dict(metrics)
         self._optimizer, self._scheduler = optimizer, lr_scheduler
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._channels_last = channels_last
         if channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            volumes = any(parameter.ndim == 5 for parameter in network.parameters())
+            self.network.to(memory_format=torch.channels_last_3d if volumes else torch.channels_last)
         self.probability_key = probability_key
         self.keep_masks = False
         self.cases: list[Case] = []
@@ -147,10 +148,16 @@ class SegmentationModule(pl.LightningModule):
                 "for NaN in the images; --resume True continues from the epoch before"
             )
 
+    def in_memory_format(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, ...) as the network's weights lie in memory."""
+        if not self._channels_last or images.ndim not in (4, 5):
+            return images.contiguous()
+        return images.contiguous(memory_format=torch.channels_last if images.ndim == 4 else torch.channels_last_3d)
+
     def training_step(self, batch: Mapping[str, Any], _: int) -> torch.Tensor:
         """Loss of one batch with ``image`` (B, C, ...) and ``label`` (B, K, ...)."""
-        images, labels = (_tensor(batch[k]) for k in ("image", "label"))
-        logits = self.train_inferer(images.contiguous(memory_format=self._memory_format), self.network)
+        images, labels = (plain_tensor(batch[k]) for k in ("image", "label"))
+        logits = self.train_inferer(self.in_memory_format(images), self.network)
         loss: torch.Tensor = self.loss(logits, labels)
         self.log(
             "train_loss", loss, on_epoch=True, on_step=False, batch_size=len(images), prog_bar=True, sync_dist=True
@@ -183,7 +190,7 @@ class SegmentationModule(pl.LightningModule):
 
     def _score(self, batch: dict[str, Any], stage: str) -> None:
         batch["pred"] = self.val_inferer(batch["image"], self.network).float()
-        logits, labels = _tensor(batch["pred"]), _tensor(batch["label"])
+        logits, labels = plain_tensor(batch["pred"]), plain_tensor(batch["label"])
         if logits.shape[2:] != labels.shape[2:]:  # the mask has the image's own size, the network may see another
             mode = "bilinear" if logits.ndim == 4 else "trilinear"
             logits = functional.interpolate(logits, labels.shape[2:], mode=mode)
@@ -192,12 +199,12 @@ class SegmentationModule(pl.LightningModule):
             self.cases.append(self._case(self.postprocessing(item)))
 
     def _case(self, item: Mapping[str, Any]) -> Case:
-        pred, truth = (_tensor(item[k])[0].cpu().numpy() > 0.5 for k in ("pred", "label"))
+        pred, truth = (plain_tensor(item[k])[0].cpu().numpy() > 0.5 for k in ("pred", "label"))
         known = ("image", "label", "pred", self.probability_key, "fold", "part")
         masks = (np.packbits(pred), np.packbits(truth), pred.shape) if self.keep_masks else None
         return Case(
             image=str(item["image"].meta["filename_or_obj"]),
-            metrics={name: float(metric(pred, truth)) for name, metric in self.metrics.items()},
+            metrics=self._mask_metrics(item, pred, truth),
             empty_prediction=not pred.any(),
             empty_truth=not truth.any(),
             fields={k: v for k, v in item.items() if k not in known and isinstance(v, (str, int, float))},
@@ -206,10 +213,16 @@ class SegmentationModule(pl.LightningModule):
             reliability=self._reliability(item, truth),
         )
 
+    def _mask_metrics(
+        self, item: Mapping[str, Any], pred: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]
+    ) -> dict[str, float]:
+        """Every metric of one case, from its masks."""
+        return {name: float(metric(pred, truth)) for name, metric in self.metrics.items()}
+
     def _reliability(self, item: Mapping[str, Any], truth: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64] | None:
         if not self.keep_masks or self.probability_key is None or self.probability_key not in item:
             return None  # an epoch's validation has no use for it
-        return reliability_bins(_tensor(item[self.probability_key])[0].cpu().numpy(), truth)
+        return reliability_bins(plain_tensor(item[self.probability_key])[0].cpu().numpy(), truth)
 
     def _log_means(self, stage: str) -> None:
         if distributed.is_available() and distributed.is_initialized():
@@ -223,7 +236,7 @@ class SegmentationModule(pl.LightningModule):
             self.log(f"{stage}_{name}", mean, prog_bar=name == next(iter(self.metrics)), sync_dist=True)
 
 
-def _tensor(value: Any) -> torch.Tensor:
+def plain_tensor(value: Any) -> torch.Tensor:
     """A plain tensor: MONAI's MetaTensor makes every small operation many times slower."""
     tensor: torch.Tensor = value.as_tensor() if hasattr(value, "as_tensor") else value
     return tensor

@@ -14,14 +14,14 @@ import numpy as np
 from medseg.calibration import reliability_figure, reliability_table
 from medseg.io.files import write_atomically
 from medseg.io.images import write_png
-from medseg.io.overlay import overlay
 from medseg.metrics import summarise
 from medseg.training.module import Case
 
-ReadImage = Callable[[str], Any]
+#: Picture (h, w) or (h, w, 3) uint8 of a file with a prediction and the truth drawn on it.
+Draw = Callable[[str, Any, Any], Any]
 
 __all__ = [
-    "ReadImage",
+    "Draw",
     "by_file_name",
     "by_part",
     "table",
@@ -84,13 +84,13 @@ def typical_cases(cases: list[Case]) -> dict[str, Case]:
     return {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
 
 
-def write_overlays(folder: Path, cases: dict[str, Case], read_image: ReadImage) -> list[Path]:
+def write_overlays(folder: Path, cases: dict[str, Case], draw: Draw) -> list[Path]:
     """Draw truth (green) and prediction (yellow) on the images of some cases.
 
     Args:
         folder: where to.
         cases: with masks, by file name.
-        read_image: gives the picture (H, W) of a path.
+        draw: gives the picture of a path, a prediction and the truth, as :func:`medseg.io.overlay.overlay_of_file`.
 
     Returns:
         The files written.
@@ -99,7 +99,7 @@ def write_overlays(folder: Path, cases: dict[str, Case], read_image: ReadImage) 
     for name, case in cases.items():
         pred, truth = case.unpacked()
         files.append(folder / f"{name}.png")
-        write_png(files[-1], overlay(read_image(case.image), pred, truth))
+        write_png(files[-1], draw(case.image, pred, truth))
     return files
 
 

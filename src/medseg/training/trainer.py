@@ -15,11 +15,11 @@ import torch
 
 from medseg.bundles.running import merged_config, running_parser
 from medseg.interruption import ended_by_signals
-from medseg.io.images import read_grey
+from medseg.io.overlay import overlay_of_file
 from medseg.training.checkpoint import load_weights, save_weights
 from medseg.training.module import SegmentationModule
 from medseg.training.results import (
-    ReadImage,
+    Draw,
     by_file_name,
     by_part,
     table,
@@ -56,7 +56,7 @@ class Trainer(pl.Trainer):
         resume: continue the run in ``output_dir`` from its last checkpoint.
         handlers: Lightning callbacks. MONAI Label may add a ``CheckpointLoader``: its weights are loaded. Other
             Ignite handlers are ignored with a warning.
-        read_image: gives the picture (H, W) that an overlay is drawn on.
+        draw: gives the overlay of an image file, a prediction and the truth.
         kwargs: further arguments of ``pytorch_lightning.Trainer``.
 
     Raises:
@@ -75,7 +75,7 @@ class Trainer(pl.Trainer):
         test_dataloader: Any = None,
         resume: bool = False,
         handlers: Iterable[Any] = (),
-        read_image: ReadImage = read_grey,
+        draw: Draw = overlay_of_file,
         **kwargs: Any,
     ) -> None:
         super().__init__(callbacks=_callbacks(handlers), **_defaults(kwargs))
@@ -83,7 +83,7 @@ class Trainer(pl.Trainer):
         if not isinstance(resume, bool):  # on a command line `false` is a word, and words are true
             raise ValueError(f"--resume is {resume!r}; pass True or False")
         self._folder, self._bundle_root, self.resumed = Path(output_dir), Path(bundle_root), resume
-        self._read_image = read_image
+        self._draw = draw
         self._parser = running_parser()
 
     @property
@@ -122,11 +122,11 @@ class Trainer(pl.Trainer):
         if self.is_global_zero:
             cases = self._module.cases
             summary = write_results(self._folder, cases)
-            pictures = write_overlays(self._folder / "overlays", typical_cases(cases), self._read_image)
+            pictures = write_overlays(self._folder / "overlays", typical_cases(cases), self._draw)
             _tell(self, "on_results", self._folder, "best_val", cases, summary, pictures)
             log.info("best weights: %s", self._folder / "models" / "model.pt")
         if self._tested is not None and len(self._tested):
-            _score_parts(self, self._module, self._tested, self._folder / "evaluation", self._read_image)
+            _score_parts(self, self._module, self._tested, self._folder / "evaluation", self._draw)
 
 
 class Evaluator(pl.Trainer):
@@ -138,7 +138,7 @@ class Evaluator(pl.Trainer):
         output_dir: where ``PART/per_image.csv``, ``PART/metrics.json`` and ``PART/overlays/`` go.
         ckpt_path: where the weights came from, for the record.
         handlers: as in :class:`Trainer`.
-        read_image: as in :class:`Trainer`.
+        draw: as in :class:`Trainer`.
         kwargs: further arguments of ``pytorch_lightning.Trainer``.
     """
 
@@ -150,12 +150,12 @@ class Evaluator(pl.Trainer):
         output_dir: str,
         ckpt_path: str | None = None,
         handlers: Iterable[Any] = (),
-        read_image: ReadImage = read_grey,
+        draw: Draw = overlay_of_file,
         **kwargs: Any,
     ) -> None:
         super().__init__(callbacks=_callbacks(handlers), **_defaults(kwargs))
         self._module, self._loader = module, dataloader
-        self._folder, self._read_image = Path(output_dir), read_image
+        self._folder, self._draw = Path(output_dir), draw
         self._parser = running_parser()
         self.ckpt_path_for_record = ckpt_path
 
@@ -174,11 +174,11 @@ class Evaluator(pl.Trainer):
             write_config(self._folder / "configs" / "evaluate.yaml", merged_config(self._parser))
         lock = run_lock(self._folder) if self.is_global_zero else nullcontext()
         with lock, ended_by_signals(), _recorded(self, self._folder):
-            return _score_parts(self, self._module, self._loader, self._folder, self._read_image)
+            return _score_parts(self, self._module, self._loader, self._folder, self._draw)
 
 
 def _score_parts(
-    trainer: pl.Trainer, module: SegmentationModule, loader: Any, folder: Path, read_image: ReadImage
+    trainer: pl.Trainer, module: SegmentationModule, loader: Any, folder: Path, draw: Draw
 ) -> dict[str, Any]:
     """Score the cases of a loader and write each part's tables and overlays to ``folder / part``."""
     module.keep_masks = True
@@ -192,7 +192,7 @@ def _score_parts(
             case.overlay = f"{name}.png"
         where = folder / part
         summaries[part] = write_results(where, cases)
-        pictures = write_overlays(where / "overlays", named, read_image)
+        pictures = write_overlays(where / "overlays", named, draw)
         _tell(trainer, "on_results", where, part, cases, summaries[part], pictures)
         log.info("scores of the %s part\n%s", part, table(summaries[part]))
         log.info("per image: %s   overlays: %s", where / "per_image.csv", where / "overlays")
