@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from medseg.bundles.archive import file_sha256, write_zip
+from medseg.bundles.archive import write_zip
 from medseg.bundles.catalog import find_bundle, repository_root
 from medseg.bundles.pack import chosen_network
 from medseg.bundles.release import source_configs
+from medseg.io.files import file_sha256
 
 TASK = "fluorescence_tumor"
 

@@ -372,8 +372,11 @@ def card(
 def paper(
     task: Task,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; runs/TASK/paper by default.")] = None,
-    folds: Annotated[int, typer.Option(help="Folds of each cross-validation.")] = 5,
-    count: Annotated[int, typer.Option(help="Simulated images per style.")] = 60,
+    folds: Annotated[int | None, typer.Option(help="Folds of each cross-validation, where the paper has one.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Trainings of each method, where the paper has one split.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Simulated images or volumes per style.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of images, folds and training.")] = 0,
     settings: Settings = None,
     jobs: Jobs = None,
@@ -382,8 +385,12 @@ def paper(
     ] = False,
 ) -> None:
     """Make the table of the task's paper on simulated data, with the published numbers beside it."""
-    root_out = out or Path("runs") / task / "paper"
-    _task_module(task, "paper").paper(root_out, folds, count, seed, settings or [], jobs, full)
+    run = _task_module(task, "paper").paper
+    chosen = {k: v for k, v in {"folds": folds, "repeats": repeats, "count": count}.items() if v is not None}
+    for name in chosen:
+        if name not in inspect.signature(run).parameters:
+            raise ValueError(f"the tables of {task} have no --{name}")
+    run(out or Path("runs") / task / "paper", seed=seed, settings=settings or [], jobs=jobs, full=full, **chosen)
 
 
 def _signer(key: Path) -> Callable[[str], bytes]:

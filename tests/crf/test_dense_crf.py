@@ -200,7 +200,7 @@ def test_finer_tolerance_is_more_exact():
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-5])
 @pytest.mark.parametrize("extent", [0.0, 0.04, 0.7, 3.3, 10.0, 31.7, 63.9, 70.0, 300.0])
 def test_the_series_is_as_accurate_as_promised(extent, tolerance):
-    series = cosine_series(extent, tolerance, spread=6.0)
+    series = cosine_series(extent, tolerance)
     t = np.linspace(0, extent, 20_000)
     c = series.weights(torch.tensor(1.0)).numpy()
     got = np.cos(2 * np.pi / series.period * t[:, None] * np.arange(len(c))) @ c

@@ -50,13 +50,23 @@ def test_a_fit_raises_dice_and_repeats():
 
 
 def test_a_fit_that_finds_nothing_better_keeps_the_start():
-    cases = noisy_blobs(1)
-    crf = DenseCRF3D(1.0, 1.0, 2.0, 2.0, 25.0, iterations=2)
+    p, image, _ = noisy_blobs(1)[0]
+    crf = DenseCRF3D(1.0, 1.0, 2.0, 2.0, 25.0, iterations=2, tolerance=1e-3)
+    with torch.no_grad():
+        label = (crf(p, image)[:, 1:] > 0.5).float()
     start = crf.values()
-    fit = fit_crf(crf, cases, steps=3, learning_rate=30.0, evaluate_every=1)
-    assert fit.dice_after >= fit.dice_before
+    fit = fit_crf(crf, [(p, image, label)], steps=2, learning_rate=1.0, evaluate_every=1)
+    assert fit.dice_before == fit.dice_after == 1
     assert fit.step == 0
     assert crf.values() == start == fit.after
+
+
+def test_values_stay_within_a_factor_of_100():
+    cases = noisy_blobs(1, size=6)
+    crf = DenseCRF3D(1.0, 1.0, 2.0, 2.0, 400.0, iterations=1)
+    fit = fit_crf(crf, cases, steps=1, learning_rate=50.0)
+    assert all(0.009 < fit.after[name] / value < 110 for name, value in fit.before.items())
+    assert fit.dice_after >= fit.dice_before
 
 
 def test_no_steps_only_evaluate():

@@ -20,9 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medseg.crf.gaussians import INTENSITY_SPREAD, AxisOperator, Series, axis_operator, cosine_series
+from medseg.crf.gaussians import INTENSITY_SHARE, AxisOperator, Series, axis_operator, cosine_series
 
 __all__ = ["GaussianFilter", "Limits"]
+
+
+#: An axis of so few points is never cut: its exact matrix costs less than the overlap of tiles.
+SHORT_AXIS = 64
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,17 @@ class Limits:
     """What bounds memory and time.
 
     Attributes:
-        tile_extent: an axis longer than this many sigmas is filtered in overlapping tiles.
+        tile_extent: an axis longer than this many sigmas, and than 64 points, is filtered in overlapping tiles.
         chunk_values: features times voxels that are held at once: about the second-level cache of one CPU core.
         cuda_chunk_values: the same on CUDA.
-        stored_values: features times voxels up to which intensity features are kept between calls, else recomputed.
+        stored_values: features times voxels of a volume up to which intensity features are kept between calls; those of
+            larger volumes are recomputed.
         coefficient_values: coefficients held at once; more harmonics of the intensity take turns.
         always_expand: use series even where an exact matrix is smaller (for tests on small grids).
     """
 
     tile_extent: float = 60.0
-    chunk_values: int = 300_000
+    chunk_values: int = 500_000
     cuda_chunk_values: int = 100_000_000
     stored_values: int = 32_000_000
     coefficient_values: int = 16_000_000
@@ -88,7 +93,7 @@ class GaussianFilter:
         if image is not None and intensity_sigma is not None:
             low, high = (float(v) for v in image.detach().aminmax())
             width = float(intensity_sigma.detach())
-            series = cosine_series((high - low) / width, tolerance, INTENSITY_SPREAD)
+            series = cosine_series((high - low) / width, tolerance * INTENSITY_SHARE)
             weights = series.weights(intensity_sigma).to(dtype)
             # from the middle of the range: angles within half a turn
             angle = ((image.detach() - (low + high) / 2) * (2 * math.pi / (series.period * width))).to(dtype)
@@ -99,6 +104,7 @@ class GaussianFilter:
                 angle=None if angle is None else angle[tuple(slice(c.start, c.stop) for c in tile)],
                 harmonics=series.harmonics,
                 limits=limits,
+                store=math.prod(shape) * series.rank <= limits.stored_values,
             )
             for tile in itertools.product(*self._cuts)
         ]
@@ -152,7 +158,7 @@ class _Cut:
 
 def _tiles(length: int, step: float, sigma: float, reach: float, tile_extent: float) -> list[_Cut]:
     """Cut an axis into tiles of about half of ``tile_extent`` sigmas that read ``reach`` beyond on both sides."""
-    if (length - 1) * step <= tile_extent * sigma:
+    if length <= SHORT_AXIS or (length - 1) * step <= tile_extent * sigma:
         return [_Cut(0, 0, length, length)]
     halo = math.ceil(reach / step)
     core = max(1, round(0.5 * tile_extent * sigma / step))
@@ -172,6 +178,7 @@ class _Block:
     angle: Tensor | None
     harmonics: int
     limits: Limits
+    store: bool
     first: int = 0
     last: int = 0
     _parts: dict[int, list[_Block]] = field(default_factory=dict)
@@ -213,7 +220,7 @@ class _Block:
         """Cosines and sines of the slices, (s, rank, H, W)."""
         if self.angle is None:
             return None
-        if self.angle.numel() * self.rank > self.limits.stored_values:
+        if not self.store:
             return _features(self.angle[start:stop], self.first, self.last)
         if start not in self._features:
             self._features[start] = _features(self.angle[start:stop], self.first, self.last)

@@ -60,7 +60,8 @@ def fit_crf(
     """Minimise the mean soft Dice loss over cases by Adam, and keep the values with the best hard Dice on all cases.
 
     The logarithms of the five values are what is learned, so ``learning_rate`` is a relative change per step; no
-    value moves by more than a factor of 100. The cases that choose the values also report them: judge the result on others.
+    value moves by more than a factor of 100. The cases that choose the values also report them: judge the result on
+    others.
 
     Args:
         crf: where to start; it is left with the values ``after``. Its tolerance is lowered to 1e-3 during the fit, in
@@ -96,7 +97,7 @@ def fit_crf(
         chosen, order = order[:batch_size], order[batch_size:]
         optimizer.zero_grad()
         for i in chosen:  # one graph at a time
-            (_soft_dice_loss(fitted, cases[i], spacing) / len(chosen)).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(_soft_dice_loss(fitted, cases[i], spacing) / len(chosen))
         optimizer.step()
         with torch.no_grad():
             for value, first in zip(fitted.parameters(), start, strict=True):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 Array = npt.NDArray[np.float64]
 
-__all__ = ["INTENSITY_SPREAD", "POSITION_SPREAD", "AxisOperator", "Series", "axis_operator", "cosine_series"]
+__all__ = ["INTENSITY_SHARE", "AxisOperator", "Series", "axis_operator", "cosine_series"]
 
 #: Up to this range (in sigmas) the error of the series is measured on a grid; beyond it, bounded by its two sources.
 MEASURED_RANGE = 64.0
@@ -32,10 +32,12 @@ MEASURED_RANGE = 64.0
 #: Ranks are filled up with zeros to a multiple of this: matrix products of odd widths run at half the speed on a CPU.
 RANK_STEP = 8
 
-#: Errors along an axis are met by a thin line of voxels, errors in intensity by all: the second must be smaller.
-#: Found by comparing marginals with exact ones, for weights up to 30 and up to 96^3 voxels.
-POSITION_SPREAD = 6.0
-INTENSITY_SPREAD = 2.0
+#: Range, in sigmas, from which on the error allowed to one value falls as the range grows, divided by 3.
+SPREAD = 6.0
+
+#: Errors along an axis are met by a thin line of voxels, errors in intensity by all: these get a smaller tolerance.
+#: Both numbers were found by comparing marginals with exact ones, for weights up to 30 and up to 96^3 voxels.
+INTENSITY_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -72,25 +74,23 @@ class Series:
         return scale * (sigma / period) * torch.exp(-0.5 * (w * sigma) ** 2)
 
 
-def cosine_series(extent: float, tolerance: float, spread: float, rank_step: int = 1) -> Series:
+def cosine_series(extent: float, tolerance: float, rank_step: int = 1) -> Series:
     """Shortest series that is accurate on ``|t| <= extent``, for one value and for sums over many.
 
     Its largest error is below a third of ``tolerance`` (a kernel has up to four factors, and their largest errors
-    rarely meet) and below ``tolerance * spread / extent``: far from its centre a Gaussian is 0 and the series is not,
+    rarely meet) and below ``6 tolerance / extent``: far from its centre a Gaussian is 0 and the series is not,
     which counts in sums the more the longer the range.
 
     Args:
         extent: R, largest distance between two points, in units of sigma.
         tolerance: of the kernel, whose largest value is 1.
-        spread: range up to which only the error of one value is looked at, times 3; :data:`POSITION_SPREAD` or
-            :data:`INTENSITY_SPREAD`.
         rank_step: the rank that will be used is a multiple of this; what it leaves free lowers the error further.
 
     Returns:
         The series, looked up for ``extent`` rounded up to 0.1.
     """
     tenths = math.ceil(10 * extent)
-    return _shortest_series(tenths, tolerance / max(3.0, tenths / (10 * spread)), rank_step)
+    return _shortest_series(tenths, tolerance / max(3.0, tenths / (10 * SPREAD)), rank_step)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -163,7 +163,7 @@ def axis_operator(
         The operator, on the device of ``sigma``.
     """
     position = step * torch.arange(length, dtype=torch.float64, device=sigma.device)
-    series = cosine_series((length - 1) * step / float(sigma.detach()), tolerance, POSITION_SPREAD, RANK_STEP)
+    series = cosine_series((length - 1) * step / float(sigma.detach()), tolerance, RANK_STEP)
     rank = _padded(series.rank, RANK_STEP)
     if rank >= length and not always_expand:
         gram = torch.exp(-0.5 * ((position[:, None] - position[None]) / sigma.double()) ** 2)

@@ -6,6 +6,7 @@ Arrays are (D, H, W): z, y, x, as in `mrcfile` and in the papers; voxel sizes ar
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def read_mrc(path: str | Path, size: int | None = None) -> tuple[Volume, Spacing
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no MRC file, is cut off, holds no single 3D volume, has impossible axes in its header, NaN
-            or infinite values, one constant value, or another size than ``size``.
+            or infinite values, or another size than ``size``.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -46,7 +47,7 @@ def read_mrc(path: str | Path, size: int | None = None) -> tuple[Volume, Spacing
         with mrcfile.open(path, permissive=False) as file:
             data, axes = np.asarray(file.data), tuple(int(file.header[k]) for k in ("maps", "mapr", "mapc"))
             cell, steps = file.header.cella, [int(file.header[k]) for k in ("mz", "my", "mx")]
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is no readable MRC file, or is cut off: {error}") from error
     if data.ndim != 3 or np.iscomplexobj(data):
         raise ValueError(
@@ -75,7 +76,8 @@ def write_mrc(path: str | Path, volume: npt.NDArray[Any], voxel_size: float | Se
 
     Args:
         path: file to write.
-        volume: (D, H, W); boolean and 8-bit volumes are written as int8 (mode 0), all others as float32 (mode 2).
+        volume: (D, H, W); boolean and 8-bit volumes up to 127 are written as int8 (mode 0), all others as float32
+            (mode 2).
         voxel_size: in Angstrom, one number or (z, y, x).
 
     Raises:
@@ -84,8 +86,8 @@ def write_mrc(path: str | Path, volume: npt.NDArray[Any], voxel_size: float | Se
     """
     if volume.ndim != 3:
         raise ValueError(f"{path}: an MRC volume has 3 axes, this array has the shape {volume.shape}")
-    small = volume.dtype == bool or volume.dtype.itemsize == 1
-    z, y, x = voxel_size if isinstance(voxel_size, Sequence) else (voxel_size,) * 3
+    small = volume.dtype.itemsize == 1 and bool((volume <= 127).all())  # int8 would turn 255 into -1
+    z, y, x = np.broadcast_to(np.asarray(voxel_size, dtype=float), 3).tolist()
     buffer = io.BytesIO()
     file = MrcInterpreter()  # on a stream, as its documentation says: the file itself is written in one go below
     file._create_default_attributes()
