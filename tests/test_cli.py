@@ -73,6 +73,20 @@ def test_simulate_writes_a_data_set(tmp_path):
         (("simulate", "fluorescence_tumor", "--out", "x", "--count", "0"), 1, "at least 1 image"),
         (("simulate", "fluorescence_tumor", "--out", "x", "--count", "1", "--style", "abc"), 1, "choose from abfm"),
         (("simulate", "fluorescence_tumor"), 2, "--out"),
+        (
+            ("simulate", "cryoet_one_shot", "--out", "x", "--count", "22", "--set", "tilt=3"),
+            1,
+            "the options are models=",
+        ),
+        (
+            ("simulate", "cryoet_one_shot", "--out", "x", "--count", "22", "--set", "folds=many"),
+            1,
+            "folds is a int, e.g. 5",
+        ),
+        (("import", "nonsense", "x", "--out", "y"), 1, "no layout 'nonsense' is known; there are: cos-net"),
+        (("paper", "cryoet_one_shot", "--folds", "3"), 1, "the tables of cryoet_one_shot have no --folds"),
+        (("fit-crf", "fluorescence_tumor", "x"), 1, "fluorescence_tumor has no `medseg fit_crf`"),
+        (("fit-crf", "cryoet_one_shot", "x"), 1, "x is no finished run"),
     ],
 )
 def test_errors_are_one_line_with_an_exit_code(args, code, message, tmp_path):
@@ -80,6 +94,14 @@ def test_errors_are_one_line_with_an_exit_code(args, code, message, tmp_path):
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_further_options_of_a_simulator(tmp_path):
+    words = ("--out", str(tmp_path), "--count", "22", "--set", "method=analytic", "--set", "train_classes=12")
+    done = medseg("simulate", "cryoet_one_shot", *words, "--set", "workers=1")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "datalist.json").read_text())
+    assert (content["numTraining"], content["numTest"]) == (12, 10)
 
 
 def test_outside_of_a_checkout_the_installed_one_is_used(tmp_path):
@@ -92,6 +114,20 @@ def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path):
     assert done.returncode == 1
     assert "choose another --out" in done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.slow
+def test_the_demo_finds_structures_it_never_saw(tmp_path):
+    started = time.perf_counter()
+    done = medseg("demo", "cryoet_one_shot", "--out", str(tmp_path / "demo"))
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert metrics["accuracy_2way"] >= 0.85
+    assert metrics["dice"] >= max(0.65, metrics["dice_without_crf"])
+    assert metrics["search_accuracy"] >= 0.4  # of 8
+    assert seconds < 240
+    assert (tmp_path / "demo" / "predictions" / "overlays" / "match_matrix.png").is_file()
 
 
 @pytest.mark.slow

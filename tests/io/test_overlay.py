@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medseg.io.overlay import GREEN, YELLOW, overlay
+from medseg.io.images import write_png
+from medseg.io.overlay import GREEN, YELLOW, overlay, overlay_of_file
 from medseg.io.predictions import measure
 
 
@@ -36,3 +37,15 @@ def test_lesions_are_counted():
     pred[0, 0] = pred[1, 1] = pred[5:7, 5:7] = True  # the first two touch at a corner
     assert measure(pred, np.where(pred, 0.75, 0.1)) == {"lesion_count": 2, "area_pixels": 6, "confidence": 0.75}
     assert measure(pred & False, np.zeros((8, 8))) == {"lesion_count": 0, "area_pixels": 0, "confidence": ""}
+
+
+def test_masks_of_a_file_have_the_networks_axes(tmp_path):
+    """MONAI loads a picture (H, W) as (W, H)."""
+    image = np.zeros((300, 600), dtype=np.uint8)
+    write_png(tmp_path / "a.png", image)
+    mask = np.zeros((600, 300), dtype=bool)
+    mask[400:500, 50:60] = True
+    picture = overlay_of_file(str(tmp_path / "a.png"), mask)
+    rows, columns = np.nonzero((picture == YELLOW).all(-1))
+    assert (rows.min(), rows.max()) == (50, 59)
+    assert (columns.min(), columns.max()) == (400, 499)

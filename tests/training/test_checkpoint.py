@@ -27,6 +27,13 @@ def test_checkpoints_and_safetensors(tmp_path):
         torch.testing.assert_close(read_state_dict(tmp_path / name), dict(state))
 
 
+def test_of_a_lightning_checkpoint_only_the_network_is_taken(tmp_path):
+    state = torch.nn.Conv2d(1, 2, 3).state_dict()
+    whole = {f"network.{k}": v for k, v in state.items()} | {"refine.weight": torch.ones(1)}
+    torch.save({"state_dict": whole, "pytorch-lightning_version": "2.6"}, tmp_path / "a.ckpt")
+    torch.testing.assert_close(read_state_dict(tmp_path / "a.ckpt"), dict(state))
+
+
 class Attack:
     def __reduce__(self):
         import os

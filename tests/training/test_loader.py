@@ -65,6 +65,27 @@ def test_processes_share_an_epoch(monkeypatch):
     assert set(seen) == set(range(7))
 
 
+def test_an_order_of_ones_own_comes_batch_after_batch(monkeypatch):
+    from medseg.training import loader as module
+
+    class Pairs:
+        """Batches of two equal items."""
+
+        def __len__(self) -> int:
+            return 8
+
+        def __call__(self, generator: torch.Generator) -> list[int]:
+            return torch.randperm(7, generator=generator)[:4].repeat_interleave(2).tolist()
+
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(module._EpochSampler, "_share", lambda self, rank=rank: (rank, 2))
+        order, _ = epoch(SeededDataLoader(dataset(7), batch_size=2, order=Pairs()), 0)
+        assert order[::2] == order[1::2], "a batch stays together"
+        seen += order[::2]
+    assert len(set(seen)) == 4, "each process has its own batches"
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="empty"):
         SeededDataLoader(dataset(0))

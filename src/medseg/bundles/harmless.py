@@ -126,7 +126,9 @@ values view zero_grad zfill zip
 ATTRIBUTES = frozenset(_WORDS.split())
 
 #: How MONAI's readers and writers are named; any other text is imported by its name. NumPy's reader unpickles.
-READERS = re.compile(r"(itk|nibabel|pil|pydicom|nrrd)(reader|writer)", re.IGNORECASE)
+READERS = re.compile(
+    r"(itk|nibabel|pil|pydicom|nrrd)(reader|writer)|medseg\.io\.mrc_monai\.MRC(Reader|Writer)", re.IGNORECASE
+)
 READER_CLASSES = re.compile(
     r"(monai\.data\.(image_reader|image_writer)\.)?(ITK|Nibabel|PIL|Pydicom|Nrrd)(Reader|Writer)"
     r"|medseg\.io\.mrc_monai\.MRC(Reader|Writer)"

@@ -472,7 +472,7 @@ def _text_reason(text: str, name: str, joined: bool = False) -> str:
         return "is part of an address"
     if re.search(r"(^|[\\/])\.\.([\\/]|$)", text):
         return "leads out of the bundle"
-    if re.search(r"\.(py|pyc|pyd|so|dll)$|(^|/)\.\w+rc$", text, re.IGNORECASE):
+    if re.search(r"\.(py|pyc|pyd|so|dll)$|(^|/)\.(?!mrc$)\w+rc$", text, re.IGNORECASE):
         return "names a file of code"
     if _DOTTED.fullmatch(text) and _is_importable(text.split(".")[0]) and reason_for(text):
         return "names something that a component might import and call"

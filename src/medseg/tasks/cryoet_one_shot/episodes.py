@@ -28,12 +28,22 @@ class EpisodeOrder:
         k_shot: k.
         batch_size: volumes of one stream in a step: ``batch_size // n_way`` episodes, at least one.
         steps: steps of an epoch.
+        tested: classes of the test part: a class that was trained is not found by one shot.
 
     Raises:
-        ValueError: if there are fewer classes than n, or a class has fewer than k + 1 volumes; it is named.
+        ValueError: if there are fewer classes than n, a class has fewer than k + 1 volumes, or one is also tested; it
+            is named.
     """
 
-    def __init__(self, classes: Sequence[str], n_way: int, k_shot: int = 1, batch_size: int = 12, steps: int = 1000):
+    def __init__(
+        self,
+        classes: Sequence[str],
+        n_way: int,
+        k_shot: int = 1,
+        batch_size: int = 12,
+        steps: int = 1000,
+        tested: Sequence[str] = (),
+    ) -> None:
         self._members = {c: np.flatnonzero(np.asarray(classes) == c) for c in sorted(set(classes))}
         self.n_way, self.k_shot, self.steps = n_way, k_shot, steps
         if not 2 <= n_way <= len(self._members):
@@ -43,6 +53,12 @@ class EpisodeOrder:
         small = [f"{c} ({len(m)})" for c, m in self._members.items() if len(m) < k_shot + 1]
         if small:
             raise ValueError(f"an episode takes {k_shot + 1} volumes of a class; too few of {', '.join(small)}")
+        both = sorted(set(classes) & set(tested))
+        if both:
+            raise ValueError(
+                f"{', '.join(both)} would be trained and tested: move these classes to one side of the data list, or, for "
+                "a test of known classes, pass --train::episodes::tested '[]'"
+            )
         self.episodes = max(1, batch_size // n_way)
 
     @property

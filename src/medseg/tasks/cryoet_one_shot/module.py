@@ -42,8 +42,9 @@ class OneShotModule(SegmentationModule):
     def __init__(self, *, episodes: EpisodeOrder, refine: MaskRefiner | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.episodes, self.refine = episodes, refine
+        self.probability_key = self.probability_key if self.network.decoder is not None else None  # of the masks
         if self.refine is not None:
-            self.refine.requires_grad_(False)  # fitted when the training has ended, see fit_crf.yaml
+            self.refine.requires_grad_(False)  # fitted when the training has ended, see fit_crf.py
         self._features: dict[tuple[str, str], npt.NDArray[np.float32]] = {}
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> torch.Tensor:
@@ -75,8 +76,8 @@ class OneShotModule(SegmentationModule):
         self._collect(batch, features.float().cpu().numpy())
 
     def _collect(self, batch: dict[str, Any], features: npt.NDArray[np.float32]) -> None:
-        for item, feature in zip(decollate_batch(batch), features, strict=True):
-            case = self._case(self.postprocessing(item))
+        for item, feature in zip(map(self.postprocessing, decollate_batch(batch)), features, strict=True):
+            case = self._case(item)
             case.fields["true_voxels"] = int(plain_tensor(item["label"]).sum())
             case.fields["found_voxels"] = int((plain_tensor(item["pred"]) > 0.5).sum())
             self.cases.append(case)

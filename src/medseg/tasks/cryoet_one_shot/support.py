@@ -44,7 +44,8 @@ def find_support(folder: str | Path) -> dict[str, list[Path]]:
         if entry.is_dir() or _is_volume(entry):
             name = entry.name if entry.is_dir() else _stem(entry)
             if name in found:
-                raise ValueError(f"{folder} holds the structure {name} twice, as a file and as a folder; keep one")
+                first = found[name][0].relative_to(folder)
+                raise ValueError(f"{folder} holds the structure {name} twice ({first} and {entry.name}); keep one")
             found[name] = files
     if len(found) < 2:
         held = ", ".join(found) or "none"
