@@ -56,8 +56,8 @@ class EpisodeOrder:
         both = sorted(set(classes) & set(tested))
         if both:
             raise ValueError(
-                f"{', '.join(both)} would be trained and tested: move these classes to one side of the data list, or, for "
-                "a test of known classes, pass --train::episodes::tested '[]'"
+                f"{', '.join(both)} would be trained and tested: move these classes to one side of the data list, or, "
+                "for a test of known classes, pass --train::episodes::tested '[]'"
             )
         self.episodes = max(1, batch_size // n_way)
 
