@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, bundle_command
 from mlflow import MlflowClient
+from monai.bundle import create_workflow
 from PIL import Image
 from sample_bundle import medseg
 
@@ -76,6 +77,14 @@ def run_parts(trained) -> tuple[COSNet, MaskRefiner]:
     network = COSNet(4, stem_stride=2, feature_size=16)
     network.load_state_dict(torch.load(trained / "models" / "model.pt", weights_only=True))
     return network.eval(), MaskRefiner(DenseCRF3D(**read_config(trained / "configs" / "train.yaml")["crf"]))
+
+
+def run_here(config: str | Path, kind: str, **arguments: object) -> None:
+    """As ``bundle_run``, without a process of its own: half of a tiny run is importing torch and MONAI."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
+    workflow = create_workflow(config_file=str(config), workflow_type=kind, **settings)
+    workflow.initialize()
+    workflow.run()
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -176,10 +185,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, bundle_run, tiny_sub
     assert metrics(out) == metrics(trained)
 
 
-def test_without_a_decoder_matches_are_learned_and_masks_are_undefined(bundle_run, tiny_subtomograms, tmp_path):
-    arguments = {**TINY, "max_epochs": 1, "mode": "without_decoder", "network_name": "scnn", "k_shot": 1}
+def test_without_a_decoder_matches_are_learned_and_masks_are_undefined(tiny_subtomograms, tmp_path):
+    arguments = {**TINY, "max_epochs": 1, "mode": "without_decoder", "network_name": "scnn", "k_shot": 2, "fold": 7}
+    content = json.loads((tiny_subtomograms / "datalist.json").read_text())
+    for item in content["training"]:  # one class validates: no episode can be made of it
+        item["fold"] = 7 if item["class"] == content["classes"]["training"][0] else 0
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
     out = tmp_path / "run"
-    bundle_run(TRAIN, dataset_dir=tiny_subtomograms, output_dir=out, score="[test]", **arguments)
+    run_here(
+        TRAIN, "train", dataset_dir=tiny_subtomograms, datalist=tmp_path / "datalist.json", output_dir=out,
+        score=["test"], **arguments,
+    )  # fmt: skip
+    assert {summary["n"] for summary in metrics(out)["metrics"].values()} == {0}
     found = metrics(out / "evaluation" / "test")
     for name in ("dice", "dice_without_crf", "accuracy_2way_found_size"):
         assert found["metrics"][name] == {"mean": None, "sd": None, "n": 0}
@@ -252,15 +269,16 @@ def test_a_search_names_and_outlines_every_target(trained, bundle_run, folder, r
     assert len(list(out.rglob("*.mrc"))) == 4, "the support set is no target"
 
 
-def test_a_missing_support_set_stops_the_search(trained, bundle_run, folder, tmp_path):
-    done = bundle_run(
-        str(trained / "configs" / "inference.yaml"), check=False, dataset_dir=folder, output_dir=tmp_path / "p",
-        support_dir=tmp_path / "nowhere",
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert (
-        f"no support set at {tmp_path / 'nowhere'}; put one subtomogram per structure" in done.stderr.splitlines()[-1]
-    )
+def test_a_missing_support_set_stops_the_search(trained, folder, tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        run_here(
+            trained / "configs" / "inference.yaml", "infer", dataset_dir=folder, output_dir=tmp_path / "p",
+            support_dir=tmp_path / "nowhere",
+        )  # fmt: skip
+    cause: BaseException = error.value
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    assert str(cause).startswith(f"no support set at {tmp_path / 'nowhere'}; put one subtomogram per structure there")
     assert not (tmp_path / "p").exists()
 
 
