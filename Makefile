@@ -22,8 +22,9 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED) ## simulate, train, evaluate, segment and show the fluorescence task (a few minutes)
 	$(BIN)/medseg demo fluorescence_tumor
 
+# Two processes of one thread each: most of a test that starts a bundle is the import of MONAI.
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## run the tests that take minutes as well
 	$(BIN)/python -m pytest -m "not gpu"

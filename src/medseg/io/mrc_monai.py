@@ -32,13 +32,15 @@ class MRCReader(ImageReader):
         """Whether all file names end as MRC files do."""
         return all(str(name).lower().endswith(SUFFIXES) for name in ensure_tuple(filename))
 
-    def read(self, data: str | Path | Sequence[str | Path], **_: Any) -> list[tuple[Volume, Spacing]]:
-        """Read one or several files; see :func:`read_mrc` for the errors."""
-        return [read_mrc(path, self.size) for path in ensure_tuple(data)]
+    def read(self, data: str | Path | Sequence[str | Path], **_: Any) -> tuple[str | Path, ...]:
+        """The files to read. ``LoadImage`` drops an error of this step and tries other readers."""
+        paths: tuple[str | Path, ...] = ensure_tuple(data)
+        return paths
 
-    def get_data(self, img: list[tuple[Volume, Spacing]]) -> tuple[Volume, dict[str, Any]]:
-        """The array, several files stacked in front, and its metadata."""
-        volume, spacing = img[0]
+    def get_data(self, img: Sequence[str | Path]) -> tuple[Volume, dict[str, Any]]:
+        """The array, several files stacked in front, and its metadata; see :func:`read_mrc` for the errors."""
+        volumes = [read_mrc(path, self.size) for path in img]
+        volume, spacing = volumes[0]
         affine = np.zeros((4, 4))
         affine[[2, 1, 0, 3], [0, 1, 2, 3]] = [*spacing, 1.0]
         meta = {
@@ -48,7 +50,7 @@ class MRCReader(ImageReader):
             MetaKeys.ORIGINAL_CHANNEL_DIM: "no_channel" if len(img) == 1 else 0,
             MetaKeys.SPACE: SpaceKeys.RAS,
         }
-        return (volume if len(img) == 1 else np.stack([v for v, _ in img])), meta
+        return (volume if len(img) == 1 else np.stack([v for v, _ in volumes])), meta
 
 
 class MRCWriter(ImageWriter):

@@ -154,9 +154,14 @@ def test_every_case_has_its_row(trained, tiny_subtomograms, run_parts):
             assert int(row["found_voxels"]) == pytest.approx(after.sum(), abs=3)
             assert float(row["dice"]) == pytest.approx(dice(after, truth), abs=0.02)
             assert float(row["dice_without_crf"]) == pytest.approx(dice(before, truth), abs=0.02)
-    baseline = NWayAccuracy(2, episodes=3)(
-        torch.tensor(sizes), [r["class"] for r in table], lambda s, t: -(t - s).abs().transpose(-1, -2)
-    )
+    classes = [r["class"] for r in table]
+    with torch.no_grad():
+        features = torch.cat([run_parts[0].embed(standardised(r["image"]))[0] for r in table])
+    for n_way, name in zip((2, 4, 6, 8), WAYS, strict=True):
+        values = NWayAccuracy(n_way, episodes=3)(features, classes, run_parts[0].match)
+        same = np.isclose([float(r[name]) for r in table], values.tolist())
+        assert same.mean() > 0.85, "but for a close call"
+    baseline = NWayAccuracy(2, episodes=3)(torch.tensor(sizes), classes, lambda s, t: -(t - s).abs().transpose(-1, -2))
     assert [float(r["accuracy_2way_true_size"]) for r in table] == pytest.approx(baseline.tolist(), abs=1e-6)
     assert any(r["dice"] != r["dice_without_crf"] for r in table)
     assert any(int(r["found_voxels"]) > 0 for r in table)
@@ -185,18 +190,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, bundle_run, tiny_sub
     assert metrics(out) == metrics(trained)
 
 
-def test_without_a_decoder_matches_are_learned_and_masks_are_undefined(tiny_subtomograms, tmp_path):
-    arguments = {**TINY, "max_epochs": 1, "mode": "without_decoder", "network_name": "scnn", "k_shot": 2, "fold": 7}
+def test_an_accuracy_that_no_fold_can_have_does_not_choose_a_checkpoint(tiny_subtomograms, tmp_path):
     content = json.loads((tiny_subtomograms / "datalist.json").read_text())
     for item in content["training"]:  # one class validates: no episode can be made of it
-        item["fold"] = 7 if item["class"] == content["classes"]["training"][0] else 0
+        item["fold"] = int(item["class"] != content["classes"]["training"][0])
     (tmp_path / "datalist.json").write_text(json.dumps(content))
+    arguments = {**TINY, "max_epochs": 1, "datalist": tmp_path / "datalist.json", "output_dir": tmp_path / "run"}
+    with pytest.raises(RuntimeError) as error:
+        run_here(TRAIN, "train", dataset_dir=tiny_subtomograms, **arguments)
+    cause: BaseException = error.value
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    assert str(cause).startswith("accuracy_2way, which chooses the checkpoint, is undefined for every validation case")
+    assert f"{content['classes']['training'][0]} (3)" in str(cause)
+
+
+def test_without_a_decoder_matches_are_learned_and_masks_are_undefined(tiny_subtomograms, datalist, tmp_path):
+    arguments = {**TINY, "max_epochs": 1, "mode": "without_decoder", "network_name": "scnn", "k_shot": 2}
     out = tmp_path / "run"
     run_here(
-        TRAIN, "train", dataset_dir=tiny_subtomograms, datalist=tmp_path / "datalist.json", output_dir=out,
-        score=["test"], **arguments,
-    )  # fmt: skip
-    assert {summary["n"] for summary in metrics(out)["metrics"].values()} == {0}
+        TRAIN, "train", dataset_dir=tiny_subtomograms, datalist=datalist, output_dir=out, score=["test"], **arguments
+    )
+    best = metrics(out)["metrics"]
+    defined = [best[name]["n"] for name in ("dice", "dice_without_crf", *WAYS[:2])]
+    assert defined == [0, 0, 12, 12]
     found = metrics(out / "evaluation" / "test")
     for name in ("dice", "dice_without_crf", "accuracy_2way_found_size"):
         assert found["metrics"][name] == {"mean": None, "sd": None, "n": 0}
@@ -305,14 +322,15 @@ def check_fit(run: Path, printed: str, before: dict[str, float], fitted: int, ju
     record = json.loads((run / "crf_fit.json").read_text())
     assert (record["fitting_cases"], record["judging_cases"]) == (fitted, judged)
     values = record["judging_dice"]
-    assert record["stored"] == (values["after"] >= max(values["network"], values["before"]))
+    assert record["stored"] == (record["step"] > 0 and values["after"] >= max(values["network"], values["before"]))
     parameters = {k: v for k, v in before.items() if k != "iterations"}
     assert record["before"] == pytest.approx(parameters, rel=1e-5)
     assert record["after"].keys() == parameters.keys()
     now = {**before, **{k: pytest.approx(v, rel=1e-5) for k, v in record["after"].items()}}
     assert crf_of(run) == [now if record["stored"] else before] * 3
     assert (f"stored in {run / 'configs'}" in printed) == record["stored"]
-    assert ("not stored: on the judging cases the Dice would be lower" in printed) == (not record["stored"])
+    assert ("not stored: " in printed) == (not record["stored"])
+    assert ("best without a CRF" in printed) == (values["network"] > max(values["before"], values["after"]))
     for name in parameters:
         assert f"{name:<20} {record['before'][name]:>10.4f} {record['after'][name]:>10.4f}" in printed
     return record["stored"]
@@ -357,10 +375,8 @@ def test_a_fit_that_helps_is_stored_and_one_that_harms_is_not(run_copy, noisy_ba
     for file in (run_copy / "configs").glob("*.yaml"):
         shutil.copy(REPOSITORY / TRAIN, file)  # something with the old parameters
     noisy_balls(noise=0.0)  # the network's masks are perfect: a fit can only harm, or leave them
-    record = fit_crf.fit(run_copy, steps=0)
-    values = json.loads((run_copy / "crf_fit.json").read_text())["judging_dice"]
-    assert values["network"] == 1
-    assert check_fit(run_copy, record, before, 3, 3) == (values["after"] == 1)
+    assert not check_fit(run_copy, fit_crf.fit(run_copy, steps=2), before, 3, 3)
+    assert json.loads((run_copy / "crf_fit.json").read_text())["judging_dice"]["network"] == 1
 
 
 def test_a_crf_cannot_be_fitted_on_what_is_no_run(tmp_path):

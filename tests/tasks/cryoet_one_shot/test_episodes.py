@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.data import CacheDataset
+from monai.data import CacheDataset, MetaTensor, list_data_collate
 from monai.transforms import Compose, RandGaussianNoised, ToTensord
 
 from medseg.tasks.cryoet_one_shot.episodes import EpisodeOrder, NWayAccuracy
@@ -89,6 +89,7 @@ def test_the_generator_alone_decides():
     order = EpisodeOrder(CLASSES, n_way=4, steps=5)
     assert drawn(order, 1) == drawn(order, 1) == drawn(EpisodeOrder(CLASSES, n_way=4, steps=5), 1)
     assert drawn(order, 1) != drawn(order, 2)
+    assert drawn(order, 1) == drawn(EpisodeOrder(CLASSES, n_way=4, steps=5, tested=["x", "y"]), 1)
     generator = torch.Generator().manual_seed(1)
     assert order(generator) != order(generator), "the next epoch is another one"
 
@@ -96,12 +97,13 @@ def test_the_generator_alone_decides():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_way": 8}, "n_way is 8, but there are 7 training classes"),
+        ({"n_way": 8}, "n_way is 8; with 7 training classes choose from 2"),
         ({"n_way": 1}, "n_way is 1"),
         ({"n_way": 2, "k_shot": 3}, r"an episode takes 4 volumes of a class; too few of a \(3\)$"),
         ({"n_way": 2, "k_shot": 6}, r"too few of a \(3\), b \(6\), c \(6\), d \(6\), e \(6\), f \(6\)$"),
         ({"n_way": 2, "k_shot": 0}, "k_shot is 0"),
         ({"n_way": 2, "steps": 0}, "steps is 0"),
+        ({"n_way": 2, "tested": ["x", "f", "b", "f"]}, "^b, f would be trained and tested: move these classes"),
     ],
 )
 def test_episodes_that_cannot_be_made(options, message):
@@ -308,6 +310,41 @@ def test_the_size_baselines_compare_the_logarithm_of_sizes_and_nothing_else():
     # a mask without a voxel counts as one voxel
     values = scored(module(), [("a", 5, 0), ("a", 50, 1), ("b", 5, 90), ("b", 50, 90)])
     assert values["by_found_voxels"] == [1.0] * 4
+
+
+def test_found_voxels_are_those_of_the_mask_and_not_of_the_logits():
+    scored, items = module(), []
+    scored.postprocessing = lambda item: {**item, "pred": (item["pred"] > 0).float()}
+    for number, voxels in enumerate((5, 0)):
+        logits, label = torch.full((1, 4, 4, 4), -0.2), torch.zeros(1, 4, 4, 4)
+        logits.flatten()[:voxels], label.flatten()[: voxels + 3] = 0.2, 1  # sure by no more than a little
+        image = MetaTensor(torch.zeros(1, 4, 4, 4), meta={"filename_or_obj": f"{number}.mrc"})
+        items.append({"image": image, "label": label, "pred": logits, "without_crf": logits.sigmoid(), "class": "a"})
+    scored._collect(list_data_collate(items), np.zeros((2, 3), np.float32))
+    fields = [(c.image, c.fields["class"], c.fields["found_voxels"], c.fields["true_voxels"]) for c in scored.cases]
+    assert fields == [("0.mrc", "a", 5, 8), ("1.mrc", "a", 0, 3)]
+    assert [c.empty_prediction for c in scored.cases] == [False, True]
+
+
+@pytest.mark.parametrize(("n_way", "k_shot", "batch_size"), [(3, 1, 3), (3, 2, 6), (5, 2, 5)])
+def test_a_training_step_compares_the_classes_that_the_loader_lays_out(loader, monkeypatch, n_way, k_shot, batch_size):
+    """With features that are nothing but the class every target is matched; with another's none is."""
+    order = EpisodeOrder(CLASSES, n_way, k_shot, batch_size, steps=2)
+    trained, logged = module(), {}
+    trained.episodes, trained.loss = order, EpisodeLoss(torch.nn.Identity(), match="softmax")
+    monkeypatch.setattr(trained, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    monkeypatch.setattr(trained.network, "match", lambda support, target: 9 * nearest(support, target))
+    monkeypatch.setattr(trained.network, "embed", lambda _: (features, None))
+    for batch in loader(order):
+        batch["label"] = batch["image"]
+        features = torch.eye(7)[["abcdefg".index(c) for c in batch["class"]]]
+        assert float(trained.training_step(batch, 0)) < 1e-6
+        assert logged["train_accuracy"] == 1
+        features = features.view(-1, k_shot + 1, n_way, 7).clone()
+        features[:, -1] = features[:, -1].roll(1, dims=1)  # the targets' alone
+        features = features.view(-1, 7)
+        assert float(trained.training_step(batch, 0)) > 1
+        assert logged["train_accuracy"] == 0
 
 
 def test_without_a_decoder_there_are_no_found_sizes():

@@ -53,7 +53,8 @@ def support_folder(tmp_path: Path) -> Path:
     plain = write(tmp_path / "plain.mrc", 2)
     (folder / "GroEL.MRC.gz").write_bytes(gzip.compress(plain.read_bytes()))
     (folder / "README.txt").write_text("where these are from")
-    (folder / ".DS_Store").write_bytes(b"")
+    (folder / "._ribosome.mrc").write_bytes(b"what a Mac leaves on a shared disk")
+    (folder / ".snapshot").mkdir()
     return folder
 
 

@@ -47,7 +47,7 @@ class EpisodeOrder:
         self._members = {c: np.flatnonzero(np.asarray(classes) == c) for c in sorted(set(classes))}
         self.n_way, self.k_shot, self.steps = n_way, k_shot, steps
         if not 2 <= n_way <= len(self._members):
-            raise ValueError(f"n_way is {n_way}, but there are {len(self._members)} training classes; choose from 2 up")
+            raise ValueError(f"n_way is {n_way}; with {len(self._members)} training classes choose from 2 to that")
         if k_shot < 1 or steps < 1:
             raise ValueError(f"k_shot is {k_shot} and steps is {steps}; both must be at least 1")
         small = [f"{c} ({len(m)})" for c, m in self._members.items() if len(m) < k_shot + 1]

@@ -56,7 +56,7 @@ def fit(run: Path, steps: int = 60, cases: int = 48, learning_rate: float = 0.05
         old["network"] = float(np.mean([dice(p[:, 1:] > 0.5, label) for p, _, label in judging]))
         found = fit_crf(crf, fitting, steps, learning_rate, seed=seed)
         judged = {**old, "after": _mean_dice(crf, judging)}
-        stored = judged["after"] >= max(old.values())
+        stored = found.step > 0 and judged["after"] >= max(old.values())
         if stored:
             _store(files, found.after)
     record = {"fitting_cases": len(fitting), "judging_cases": len(judging), "judging_dice": judged, "stored": stored}
@@ -111,8 +111,12 @@ def _table(found: CRFFit, judged: dict[str, float], fitting: int, judging: int, 
     lines.append("")
     if stored:
         lines.append(f"stored in {run / 'configs'}")
+    elif judged["network"] > max(judged["before"], judged["after"]):
+        lines.append(
+            "not stored: on the judging cases the network is best without a CRF; leave it out with --refine None"
+        )
     else:
-        lines.append("not stored: on the judging cases the Dice would be lower; the configs keep the old parameters")
+        lines.append("not stored: nothing better was found for the judging cases; the configs keep their parameters")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ class OneShotModule(SegmentationModule):
         episodes: how a training batch is made up.
         refine: the CRF; it refines the masks of a finished training and of an evaluation, not those of every epoch's
             validation. ``None`` for none.
+        threshold: on the probability, for the mask without the CRF.
         kwargs: as of :class:`SegmentationModule`. Among ``metrics`` may be :class:`NWayAccuracy`; ``loss`` is an
             :class:`~medseg.tasks.cryoet_one_shot.losses.EpisodeLoss`. Without a decoder the masks' metrics are ``nan``.
     """
@@ -39,9 +41,11 @@ class OneShotModule(SegmentationModule):
     loss: EpisodeLoss
     metrics: dict[str, Any]
 
-    def __init__(self, *, episodes: EpisodeOrder, refine: MaskRefiner | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, episodes: EpisodeOrder, refine: MaskRefiner | None = None, threshold: float = 0.5, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.episodes, self.refine = episodes, refine
+        self.episodes, self.refine, self.threshold = episodes, refine, threshold
         self.probability_key = self.probability_key if self.network.decoder is not None else None  # of the masks
         if self.refine is not None:
             self.refine.requires_grad_(False)  # fitted when the training has ended, see fit_crf.py
@@ -91,7 +95,7 @@ class OneShotModule(SegmentationModule):
             masks = {n: m for n, m in self.metrics.items() if not isinstance(m, NWayAccuracy)}
             metrics |= {name: float(metric(pred, truth)) for name, metric in masks.items()}
             if WITHOUT_CRF in metrics:
-                metrics[WITHOUT_CRF] = dice(plain_tensor(item["without_crf"])[0].cpu().numpy() > 0.5, truth)
+                metrics[WITHOUT_CRF] = dice(plain_tensor(item["without_crf"])[0].cpu().numpy() >= self.threshold, truth)
         return metrics
 
     def _log_means(self, stage: str) -> None:
@@ -105,6 +109,21 @@ class OneShotModule(SegmentationModule):
         for part in dict.fromkeys(c.part for c in self.cases):
             self._score_matches([c for c in self.cases if c.part == part], features)
         super()._log_means(stage)
+        self._require_a_choice(stage)
+
+    def _require_a_choice(self, stage: str) -> None:
+        """Stop a training whose checkpoint would be chosen by an accuracy that no validation case has."""
+        monitor = str(getattr(self.trainer.checkpoint_callback, "monitor", "")).removeprefix("val_")
+        metric = self.metrics.get(monitor)
+        if stage != "val" or not isinstance(metric, NWayAccuracy) or metric.by == "found_voxels":
+            return
+        if all(np.isnan(case.metrics[monitor]) for case in self.cases):
+            counts = Counter(str(case.fields["class"]) for case in self.cases)
+            raise ValueError(
+                f"{monitor}, which chooses the checkpoint, is undefined for every validation case: it needs "
+                f"{metric.n_way} classes and {metric.k_shot + 1} volumes of a class, and the fold has "
+                f"{', '.join(f'{c} ({n})' for c, n in counts.items())}; use fewer folds, or --validate::key_metric dice"
+            )
 
     def _score_matches(self, cases: list[Case], features: Mapping[tuple[str, str], npt.NDArray[np.float32]]) -> None:
         """Fill in the accuracies of the cases of one part."""

@@ -29,6 +29,8 @@ class DuSE(nn.Module):
 
     def __init__(self, channels: int, fusion: str = "add") -> None:
         super().__init__()
+        if channels < 2 or channels % 2:
+            raise ValueError(f"channels is {channels}; a DuSE block takes an even number")
         if fusion not in FUSIONS:
             raise ValueError(f"fusion is {fusion!r}; choose from {', '.join(FUSIONS)}")
         self.squeeze = nn.Linear(channels, channels // 2)
@@ -51,7 +53,7 @@ class COSNet(nn.Module):
 
     No skip connections between encoder and decoder; convolution, ReLU, batch norm in this order (released code). With
     the defaults it has 18,233,286 parameters (the released network: 18,233,293 without the 513 of the match score,
-    520 of them in batch norms that it never uses).
+    520 of them in batch norms that it never uses). The feature encoder's biases cancel in the match and never learn.
 
     Args:
         channels: C of every feature map.

@@ -66,13 +66,20 @@ class SearchReport:
         support: the structures.
         dataset_dir: folder that the targets come from; its subfolders are kept in ``overlays/``.
         pictures: how many targets to draw.
+        threshold: on the probability, for the mask before the CRF.
     """
 
     def __init__(
-        self, output_dir: str, images: Sequence[str], support: SupportSet, dataset_dir: str, pictures: int = 24
+        self,
+        output_dir: str,
+        images: Sequence[str],
+        support: SupportSet,
+        dataset_dir: str,
+        pictures: int = 24,
+        threshold: float = 0.5,
     ) -> None:
         self.folder, self.images, self.root = Path(output_dir), list(images), Path(dataset_dir)
-        self.names, self.pictures = support.names, pictures
+        self.names, self.pictures, self.threshold = support.names, pictures, threshold
         self.rows: list[dict[str, Any]] = []
         self.scores: list[npt.NDArray[np.float64]] = []
 
@@ -116,7 +123,7 @@ class SearchReport:
             "overlay": "",
         }
         if len(self.rows) < self.pictures:
-            before = np.asarray(item["mask_before_crf"].cpu())[0] > 0
+            before = np.asarray(item["mask_before_crf"].sigmoid().cpu())[0] >= self.threshold
             name = Path(file).relative_to(self.root)
             picture = self.folder / "overlays" / name.with_name(f"{name.name}.png")
             write_png(picture, crf_slices(read_mrc(file)[0], before, mask))

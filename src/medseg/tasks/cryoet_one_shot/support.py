@@ -38,7 +38,11 @@ def find_support(folder: str | Path) -> dict[str, list[Path]]:
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
-        files = sorted(f for f in entry.iterdir() if _is_volume(f)) if entry.is_dir() else [entry]
+        files = (
+            sorted(f for f in entry.iterdir() if _is_volume(f) and not f.name.startswith("."))
+            if entry.is_dir()
+            else [entry]
+        )
         if entry.is_dir() and not files:
             raise ValueError(f"{entry} holds no MRC file: give the structure a subtomogram, or delete the folder")
         if entry.is_dir() or _is_volume(entry):
