@@ -16,7 +16,7 @@ METRICS = (
     "dice", "dice_without_crf", "accuracy_2way", "accuracy_4way", "accuracy_6way", "accuracy_8way",
     "accuracy_2way_true_size", "accuracy_2way_found_size",
 )  # fmt: skip
-COUNT, SEARCHED = 880, 6
+COUNT, SEARCHED = 660, 6
 
 __all__ = ["demo"]
 
