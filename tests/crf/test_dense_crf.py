@@ -167,7 +167,7 @@ def test_tiles_agree_with_all_pairs(normalization):
     p, image = case((12, 11, 12))
     values = {**VALUES, "smoothness_sigma": 0.7, "appearance_sigma": 0.8}
     values = scaled(values, image.size, normalization)
-    limits = Limits(tile_extent=5.0)
+    limits = Limits(tile_extent=5.0, short_axis=0)
     assert (
         len(GaussianFilter(image.shape, (1, 1, 1), torch.tensor(0.7), 3e-3, torch.float32, limits=limits)._blocks) > 8
     )
@@ -220,7 +220,9 @@ def differentiable(crf, image):
 
 @pytest.mark.parametrize("normalization", ["symmetric", "none"])
 @pytest.mark.parametrize("labels", [2, 3])
-@pytest.mark.parametrize("limits", [Limits(), SERIES, Limits(tile_extent=2.0)], ids=["as used", "series", "tiles"])
+@pytest.mark.parametrize(
+    "limits", [Limits(), SERIES, Limits(tile_extent=2.0, short_axis=0)], ids=["as used", "series", "tiles"]
+)
 def test_gradients_of_the_values_computed(normalization, labels, limits):
     p, image = case((3, 4, 3), labels)
     crf = DenseCRF3D(*scaled(VALUES, 36, normalization).values(), 2, normalization, tolerance=1e-6).double()

@@ -25,16 +25,13 @@ from medseg.crf.gaussians import INTENSITY_SHARE, AxisOperator, Series, axis_ope
 __all__ = ["GaussianFilter", "Limits"]
 
 
-#: An axis of so few points is never cut: its exact matrix costs less than the overlap of tiles.
-SHORT_AXIS = 64
-
-
 @dataclass(frozen=True)
 class Limits:
     """What bounds memory and time.
 
     Attributes:
-        tile_extent: an axis longer than this many sigmas, and than 64 points, is filtered in overlapping tiles.
+        tile_extent: an axis longer than this many sigmas is filtered in overlapping tiles.
+        short_axis: an axis of so few points is not: its exact matrix costs less than the overlap.
         chunk_values: features times voxels that are held at once: about the second-level cache of one CPU core.
         cuda_chunk_values: the same on CUDA.
         stored_values: features times voxels of a volume up to which intensity features are kept between calls; those of
@@ -44,6 +41,7 @@ class Limits:
     """
 
     tile_extent: float = 60.0
+    short_axis: int = 64
     chunk_values: int = 500_000
     cuda_chunk_values: int = 100_000_000
     stored_values: int = 32_000_000
@@ -79,7 +77,7 @@ class GaussianFilter:
         limits = limits or Limits()
         reach = math.sqrt(2 * math.log(10 / tolerance)) * float(sigma.detach())
         self._cuts = [
-            _tiles(length, step, float(sigma.detach()), reach, limits.tile_extent)
+            _tiles(length, step, float(sigma.detach()), reach, limits)
             for length, step in zip(shape, spacing, strict=True)
         ]
         axes: list[dict[int, AxisOperator]] = [
@@ -156,12 +154,12 @@ class _Cut:
     stop: int
 
 
-def _tiles(length: int, step: float, sigma: float, reach: float, tile_extent: float) -> list[_Cut]:
+def _tiles(length: int, step: float, sigma: float, reach: float, limits: Limits) -> list[_Cut]:
     """Cut an axis into tiles of about half of ``tile_extent`` sigmas that read ``reach`` beyond on both sides."""
-    if length <= SHORT_AXIS or (length - 1) * step <= tile_extent * sigma:
+    if length <= limits.short_axis or (length - 1) * step <= limits.tile_extent * sigma:
         return [_Cut(0, 0, length, length)]
     halo = math.ceil(reach / step)
-    core = max(1, round(0.5 * tile_extent * sigma / step))
+    core = max(1, round(0.5 * limits.tile_extent * sigma / step))
     core = math.ceil(length / math.ceil(length / core))
     return [
         _Cut(max(0, first - halo), first, min(length, first + core), min(length, first + core + halo))
