@@ -435,3 +435,13 @@ def test_nothing_to_search_and_nothing_to_search_with(check_targets, tmp_path):
 def test_the_config_knows_the_same_suffixes():
     config = read_config(Path("bundles/cryoet_one_shot/configs/inference.yaml"))
     assert config["suffixes"] == list(SUFFIXES)
+
+
+@pytest.mark.parametrize("config", ["train", "inference"])
+def test_the_crf_can_be_left_out(config):
+    parser = ConfigParser()
+    parser.read_config(f"bundles/cryoet_one_shot/configs/{config}.yaml")
+    assert isinstance(parser.get_parsed_content("refine"), MaskRefiner)
+    parser = ConfigParser(parser.get())
+    parser["use_crf"] = False
+    assert parser.get_parsed_content("refine") is None

@@ -113,7 +113,7 @@ def _table(found: CRFFit, judged: dict[str, float], fitting: int, judging: int, 
         lines.append(f"stored in {run / 'configs'}")
     elif judged["network"] > max(judged["before"], judged["after"]):
         lines.append(
-            "not stored: on the judging cases the network is best without a CRF; leave it out with --refine None"
+            "not stored: on the judging cases the network is best without a CRF; leave it out with --use_crf False"
         )
     else:
         lines.append("not stored: nothing better was found for the judging cases; the configs keep their parameters")
