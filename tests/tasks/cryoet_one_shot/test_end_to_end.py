@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -390,3 +391,20 @@ def test_a_crf_cannot_be_fitted_on_what_is_no_run(tmp_path):
 def test_the_bundle_is_sound():
     done = medseg("check", "cryoet_one_shot", cwd=REPOSITORY)
     assert done.stdout == "cryoet_one_shot: no problems\n"
+
+
+def test_a_packed_search_is_trusted_and_repeats_its_self_test(trained, tmp_path):
+    """Network and search are medseg's classes: no program stands for them, and verify knows them."""
+    weights = trained / "models" / "model.pt"
+    medseg("pack", "cryoet_one_shot", "--weights", weights, "--version", "0.1.1", "--out", tmp_path, cwd=REPOSITORY)
+    packed = tmp_path / "cryoet_one_shot_v0.1.1.zip"
+    report = json.loads(medseg("verify", packed, "--run", "--json", cwd=tmp_path).stdout)
+    assert report["verdict"] == "trusted"
+    assert "target_seg.mrc: Dice" in report["checked"]["self-test"]
+    with zipfile.ZipFile(packed) as archive:
+        inference = json.loads(archive.read("cryoet_one_shot/configs/inference.json"))
+        card = archive.read("cryoet_one_shot/docs/README.md").decode()
+    assert inference["network_def"]["_target_"] == "medseg.tasks.cryoet_one_shot.network.COSNet"
+    assert inference["crf"] == read_config(trained / "configs" / "inference.yaml")["crf"]
+    assert "install medseg in the version that metadata.json names" in card
+    assert "medseg==" not in card
