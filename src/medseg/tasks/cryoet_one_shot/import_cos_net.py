@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medseg.io.datalist import write_datalist
+from medseg.io.mrc import write_mrc
 from medseg.progress import track
 
 __all__ = ["import_cos_net"]
@@ -63,8 +64,6 @@ def import_cos_net(
         ValueError: if arrays do not fit each other, a count is impossible, a class is empty (missing), a volume is
             constant or holds NaN, or a mask is not binary; the message names class and slot.
     """
-    from medseg.io.mrc import write_mrc  # loads MONAI
-
     if not 0 < voxel_size < np.inf:
         raise ValueError(f"voxel_size is {voxel_size}; it must be a positive number of Angstrom")
     if folds < 1:

@@ -28,6 +28,7 @@ import numpy as np
 
 from medseg.io.datalist import write_datalist
 from medseg.io.files import write_atomically
+from medseg.io.mrc import write_mrc
 from medseg.progress import track
 from medseg.tasks.cryoet_one_shot.catalogue import catalogue
 from medseg.tasks.cryoet_one_shot.complexes import Complex, density, download_models, read_folder
@@ -132,8 +133,6 @@ def simulate(
         FileNotFoundError: if ``models`` is no folder.
         ConnectionError: if ``pdb_ids`` cannot be fetched.
     """
-    from medseg.io.mrc import write_mrc  # loads MONAI; the worker processes do without
-
     physics = Physics(
         size, voxel_size, resolution, neighbours, method, max_tilt, tilt_step, ctf, defocus, defocus_range, voltage,
         spherical_aberration, amplitude_contrast, mtf,
@@ -174,8 +173,6 @@ def self_test_case(folder: Path) -> None:
     Args:
         folder: empty folder; ``target.mrc`` and ``support/<class>.mrc`` are written to it.
     """
-    from medseg.io.mrc import write_mrc
-
     physics = Physics(method="analytic")
     complexes = catalogue()
     pool = range(len(complexes) - 8, len(complexes))
@@ -246,8 +243,6 @@ def _items(job: _Job, count: int, folds: int) -> tuple[list[dict[str, Any]], lis
 
 def _write_classes(job: _Job) -> None:
     """Write ``classes.csv`` and the density of every class."""
-    from medseg.io.mrc import write_mrc
-
     lines = ["class,part,mass_kda,radius_of_gyration,symmetry,source"]
     for number, item in enumerate(job.complexes):
         part = "training" if number < job.train_classes else "test"
