@@ -46,6 +46,21 @@ def test_no_group_leaks_and_every_case_is_tested_once(items, k, seed):
     assert tested == Counter(i["image"] for i in items)
 
 
+def test_two_folds_of_unequal_groups_have_something_to_validate():
+    """Four parts of what is not tested cannot be made of these; three can."""
+    styles, patients = "aaaaaacccaacccaa", [0, 0, 0, 0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 5, 6, 6]
+    items = [
+        {"image": f"{i}.png", "style": s, "patient": f"p{p}"}
+        for i, (s, p) in enumerate(zip(styles, patients, strict=True))
+    ]
+    for seed in range(20):
+        assigned = assign_folds(items, 2, seed, "style")
+        for fold in range(2):
+            numbers = {i["fold"] for i in fold_datalist(items, assigned, fold, seed, "style")["training"]}
+            assert fold in numbers
+            assert len(numbers) > 1
+
+
 @settings(deadline=None, max_examples=60)
 @given(item_lists(grouped=False), st.integers(2, 5), st.integers(0, 5))
 def test_classes_stay_even_without_groups(items, k, seed):

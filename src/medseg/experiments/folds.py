@@ -120,14 +120,23 @@ def fold_datalist(
     numbers = {i: assigned[i] for i in rest}
     if folds == 2:
         kept = [items[i] for i in rest]
-        parts = max(2, min(4, len(set(group_ids(kept, group_fields)))))
-        dealt = assign_folds(kept, parts, seed, stratify, group_fields)
+        dealt = _quarters(kept, seed, stratify, group_fields)
         numbers = {i: fold if part == 0 else folds for i, part in zip(rest, dealt, strict=True)}
     return {
         "training": [{**items[i], "fold": numbers[i]} for i in rest],
         "test": [_without_fold(items[i]) for i, f in enumerate(assigned) if f == tested],
         "held_out": [_without_fold(item) for item in held_out],
     }
+
+
+def _quarters(items: Sequence[Item], seed: int, stratify: str | None, group_fields: Sequence[str]) -> list[int]:
+    """Deal items to four parts, or to three or two where their groups are too few or too unequal for more."""
+    for parts in range(min(4, len(set(group_ids(items, group_fields)))), 2, -1):
+        try:
+            return assign_folds(items, parts, seed, stratify, group_fields)
+        except ValueError:  # a part got nothing
+            continue
+    return assign_folds(items, 2, seed, stratify, group_fields)
 
 
 def _without_fold(item: Item) -> Item:
