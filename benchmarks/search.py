@@ -12,24 +12,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from monai.data import DataLoader, Dataset
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
+from medseg.io.mrc import write_mrc
+from medseg.io.mrc_monai import MRCReader
 from medseg.tasks.cryoet_one_shot.network import COSNet
 from medseg.tasks.cryoet_one_shot.search import OneShotSearch
+from medseg.tasks.cryoet_one_shot.support import SupportSet
 
 WAYS, SIZE = 8, 32
-
-
-class Support:
-    """Stands for a SupportSet: one random volume for each structure."""
-
-    def __init__(self, volumes: torch.Tensor) -> None:
-        self.names, self._volumes = [f"structure{i}" for i in range(WAYS)], volumes
-
-    def volumes(self, name: str) -> torch.Tensor:
-        return self._volumes[self.names.index(name)][None]
 
 
 def main() -> None:
@@ -43,12 +39,17 @@ def main() -> None:
     network = COSNet(options.channels, stem_stride=options.stem_stride).eval()
     support = torch.randn(WAYS, 1, SIZE, SIZE, SIZE)
     targets = torch.randn(options.targets, 1, SIZE, SIZE, SIZE)
-    with torch.no_grad():
+    with torch.no_grad(), TemporaryDirectory() as folder:
+        for i, volume in enumerate(support):
+            write_mrc(Path(folder, f"structure{i}.mrc"), volume[0].numpy(), 10.0)
+        support_set = SupportSet(
+            folder, Compose([LoadImaged("image", MRCReader()), EnsureChannelFirstd("image")]), SIZE
+        )
         expected = pairwise(network, support, targets[:4])
-        torch.testing.assert_close(search(network, support, targets[:4]), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(search(network, support_set, targets[:4]), expected, rtol=1e-4, atol=1e-5)
         ours, naive = [], []
         for _ in range(options.rounds + 1):  # the first round warms up
-            ours.append(seconds(search, network, support, targets) / len(targets))
+            ours.append(seconds(search, network, support_set, targets) / len(targets))
             naive.append(seconds(pairwise, network, support, targets[: options.naive]) / options.naive)
     fast, slow = (statistics.median(times[1:]) for times in (ours, naive))
     print(f"{WAYS} ways, {options.channels} channels, stem stride {options.stem_stride}, {options.threads} thread(s)")
@@ -58,9 +59,9 @@ def main() -> None:
     print(f"ratio {slow / fast:.1f}")
 
 
-def search(network: COSNet, support: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def search(network: COSNet, support_set: SupportSet, targets: torch.Tensor) -> torch.Tensor:
     """Scores (N, n) as ``inference.yaml`` computes them, masks included."""
-    finder = OneShotSearch(network, Support(support))  # type: ignore[arg-type]
+    finder = OneShotSearch(network, support_set)
     batches = DataLoader(Dataset(targets), batch_size=32)
     return torch.cat([finder(batch)["match"] for batch in batches])
 

@@ -41,6 +41,18 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow store that the tests of a file share."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def one_store(monkeypatch: pytest.MonkeyPatch, store: str, _isolated: None) -> None:
+    """Let a test record into the store of its file."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of 10 images of 64 x 64: 8 in the folds 0 to 4, 2 to test."""

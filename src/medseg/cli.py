@@ -290,7 +290,7 @@ def pack(
     no_overlays: Annotated[bool, typer.Option("--no-overlays", help="Leave pictures of your data out.")] = False,
     sign: Annotated[Path | None, typer.Option(help="Ed25519 private key (PEM or OpenSSH) to sign with.")] = None,
 ) -> None:
-    """Make one zip that runs with stock MONAI: configs, weights, card, self-test, checksums."""
+    """Make one zip that runs with stock MONAI (or names medseg as needed): configs, weights, card, self-test."""
     from medseg.bundles.pack import pack as run_it
 
     if sign is not None:  # a wrong key is said before the work

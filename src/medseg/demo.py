@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -69,6 +70,25 @@ class Demo:
         for name, value in arguments.items():
             line += [f"--{name}", str(value)]
         self.step(title, [sys.executable, *line], shown=["python", *line])
+
+    def medseg(self, title: str, *words: str) -> None:
+        """Run a ``medseg`` command.
+
+        Args:
+            title: what the step does.
+            words: of the command, after ``medseg``.
+
+        Raises:
+            DemoError: if it fails.
+        """
+        self.step(title, [sys.executable, "-m", "medseg", *words], shown=["medseg", *words])
+
+    def mlflow_page(self) -> str:
+        """How to open the MLflow page with the demo's runs, for the notes."""
+        from medseg.tracking.store import tracking_uri  # every command imports DemoError from here
+
+        server = "" if os.environ.get("MLFLOW_TRACKING_URI") else f" --backend-store-uri {tracking_uri()}"
+        return f"open the MLflow page: cd {self.root} && {Path(sys.executable).parent / 'mlflow'} ui{server}"
 
     def step(self, title: str, command: Sequence[str], shown: Sequence[str] | None = None) -> None:
         """Print a command, run it in the checkout and time it.

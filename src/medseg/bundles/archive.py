@@ -308,7 +308,7 @@ def zip_members(file: BinaryIO, label: str) -> dict[str, Member]:
     try:
         with zipfile.ZipFile(file) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    # zipfile says NotImplementedError of a zip that wants a newer version of the format
+    # the second one is how zipfile refuses a zip of a later version of the format
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, EOFError) as error:
         raise RefusedError(f"{label}: damaged zip, {error}; fetch the file again") from error
     seen: set[str] = set()

@@ -40,6 +40,7 @@ __all__ = [
     "load_datalist",
     "scored_items",
     "split",
+    "stray_values",
     "write_datalist",
 ]
 
@@ -178,11 +179,18 @@ def check_binary_masks(item: Item) -> str | None:
         )
     if not np.isfinite(image).all():
         return f"image {item['image']} holds NaN or infinite values"
-    values = np.unique(label)
-    if not np.isfinite(label).all() or len(values) > 2 or (values < 0).any() or (len(values) == 2 and values[0] != 0):
-        shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if len(values) > 6 else "")
-        return f"mask {item['label']} is not binary (values {shown}); use 0 and one other value, and no lossy format"
+    stray = stray_values(label)
+    if stray:
+        return f"mask {item['label']} is not binary (values {stray}); use 0 and one other value, and no lossy format"
     return None
+
+
+def stray_values(mask: npt.NDArray[Any]) -> str | None:
+    """The first values of a mask, for a message, if it is not binary: 0 and one other, positive one. Else ``None``."""
+    values = np.unique(mask)
+    if np.isfinite(values).all() and len(values) <= 2 and values[0] >= 0 and (len(values) == 1 or values[0] == 0):
+        return None
+    return ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if len(values) > 6 else "")
 
 
 def fingerprint(items: Iterable[Item]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.io.files import write_atomically
+from medseg.io.files import write_csv
 from medseg.io.images import read_grey, write_png
 from medseg.io.overlay import overlay
 from medseg.progress import track
@@ -70,11 +68,7 @@ class PredictionReport:
         return read_grey(mask) > 0 if mask and mask.is_file() else None
 
     def _write(self, _: Any) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=COLUMNS)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.folder / "predictions.csv", text.getvalue().encode())
+        write_csv(self.folder / "predictions.csv", self.rows, COLUMNS)
         done = f"{len(self.rows)} of {len(self.images)} images"
         log.info("%s: masks, overlays/ and predictions.csv in %s", done, self.folder)
 

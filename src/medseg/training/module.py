@@ -20,7 +20,7 @@ from medseg.training.transfer import frozen_children
 
 Metric = Callable[[Any, Any], float]
 
-__all__ = ["Case", "SegmentationModule", "plain_tensor"]
+__all__ = ["Case", "SegmentationModule", "all_gathered", "plain_tensor"]
 
 
 @dataclass
@@ -224,16 +224,27 @@ class SegmentationModule(pl.LightningModule):
             return None  # an epoch's validation has no use for it
         return reliability_bins(plain_tensor(item[self.probability_key])[0].cpu().numpy(), truth)
 
-    def _log_means(self, stage: str) -> None:
-        if distributed.is_available() and distributed.is_initialized():
-            gathered: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(gathered, self.cases)
-            # A distributed sampler repeats cases to fill the last round: every case counts once.
+    def _gather_cases(self) -> None:
+        """Bring the cases of all processes together."""
+        gathered = all_gathered(self.cases)
+        if len(gathered) > 1:  # a distributed sampler repeats cases to fill the last round: every case counts once
             self.cases = list({(c.part, c.image): c for cases in gathered for c in cases}.values())
+
+    def _log_means(self, stage: str) -> None:
+        self._gather_cases()
         for name in self.metrics:
             mean = summarise([c.metrics[name] for c in self.cases])["mean"]
             # all processes hold the same mean by now; saying so keeps Lightning from doubting it
             self.log(f"{stage}_{name}", mean, prog_bar=name == next(iter(self.metrics)), sync_dist=True)
+
+
+def all_gathered(value: Any) -> list[Any]:
+    """The value that each process has, in the order of their ranks; of a single process a list of one."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 def plain_tensor(value: Any) -> torch.Tensor:

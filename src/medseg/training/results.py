@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medseg.calibration import reliability_figure, reliability_table
-from medseg.io.files import write_atomically
+from medseg.io.files import write_atomically, write_csv
 from medseg.io.images import write_png
 from medseg.metrics import summarise
 from medseg.training.module import Case
@@ -44,12 +43,7 @@ def write_results(folder: Path, cases: list[Case]) -> dict[str, Any]:
         and empty truths, and the ``calibration`` over all pixels if there are probabilities. Empty cases are counted,
         never given a stand-in value.
     """
-    rows = [c.row() for c in cases]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(k for r in rows for k in r)), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / "per_image.csv", text.getvalue().encode())
+    write_csv(folder / "per_image.csv", [c.row() for c in cases])
     summary: dict[str, Any] = {
         "cases": len(cases),
         "empty_predictions": sum(c.empty_prediction for c in cases),

@@ -218,7 +218,7 @@ def test_download_keeps_files_and_says_what_to_do_offline(tmp_path, monkeypatch)
 
     for error, kind, message in (
         (URLError("no route"), ConnectionError, "pass models=FOLDER"),
-        (HTTPError("u", 404, "none", {}, None), ValueError, "does not give 9zzz"),  # type: ignore[arg-type]
+        (HTTPError("u", 404, "none", {}, None), ValueError, "does not give 9zzz"),
     ):
 
         def fail(url: str, timeout: float, error: Exception = error) -> io.BytesIO:

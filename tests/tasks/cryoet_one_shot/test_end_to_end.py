@@ -39,14 +39,7 @@ TINY = {
 WAYS = [f"accuracy_{n}way" for n in (2, 4, 6, 8)]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-
-
-@pytest.fixture(autouse=True)
-def _one_store(monkeypatch, store, _isolated):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+pytestmark = pytest.mark.usefixtures("one_store")
 
 
 @pytest.fixture(scope="module")

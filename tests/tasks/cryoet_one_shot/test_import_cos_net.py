@@ -63,7 +63,7 @@ def test_names_integers_and_masks_of_255(tmp_path):
 
 def change(name: str, value: object, place: object = ...):
     def apply(arrays: dict[str, np.ndarray]) -> None:
-        arrays[name][place] = value  # type: ignore[index]
+        arrays[name][place] = value
 
     return apply
 

@@ -20,15 +20,7 @@ from PIL import Image
 from medseg.io.overlay import GREEN
 from medseg.metrics import dice
 
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-
-
-@pytest.fixture(autouse=True)
-def _one_store(monkeypatch, store, _isolated):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+pytestmark = pytest.mark.usefixtures("one_store")
 
 
 @pytest.fixture(scope="module")

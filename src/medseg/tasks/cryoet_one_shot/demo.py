@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import shutil
-import sys
 from pathlib import Path
 
 from medseg.demo import Demo
+from medseg.io.files import read_csv
 from medseg.metrics import summarise
-from medseg.tracking.store import tracking_uri
 
 METRICS = (
     "dice", "dice_without_crf", "accuracy_2way", "accuracy_4way", "accuracy_6way", "accuracy_8way",
@@ -38,26 +35,24 @@ def demo(out: Path, seed: int = 0) -> dict[str, float]:
     data, trained = run.out / "data", run.out / "run"
     simulate = ["simulate", "cryoet_one_shot", "--out", str(data), "--count", str(COUNT), "--seed", str(seed)]
     simulate += ["--set", "method=analytic"]
-    run.step("simulate", [sys.executable, "-m", "medseg", *simulate], shown=["medseg", *simulate])
+    run.medseg("simulate", *simulate)
     run.bundle(
         "train", [f"{configs}/train.yaml", f"{configs}/demo.yaml"],
         dataset_dir=data, output_dir=trained, seed=seed, run_name="demo-duse_scnn",
     )  # fmt: skip
-    fit = ["fit-crf", "cryoet_one_shot", str(trained)]
-    run.step("fit the CRF", [sys.executable, "-m", "medseg", *fit], shown=["medseg", *fit])
+    run.medseg("fit the CRF", "fit-crf", "cryoet_one_shot", str(trained))
     run.bundle("evaluate", str(trained / "configs" / "evaluate.yaml"))
-    rows = _rows(trained / "evaluation" / "test" / "per_image.csv")
+    rows = read_csv(trained / "evaluation" / "test" / "per_image.csv")
     targets = run.out / "targets"
     truth = _search_set(targets, rows)
     run.bundle(
         "search", str(trained / "configs" / "inference.yaml"), dataset_dir=targets, output_dir=run.out / "predictions"
     )
-    found = _rows(run.out / "predictions" / "predictions.csv")
+    found = read_csv(run.out / "predictions" / "predictions.csv")
     right = [float(truth[Path(row["file"]).name] == row["structure"]) for row in found]
 
     metrics = {name: summarise(float(r[name]) for r in rows)["mean"] for name in METRICS}
     metrics["search_accuracy"] = sum(right) / len(right)
-    server = "" if os.environ.get("MLFLOW_TRACKING_URI") else f" --backend-store-uri {tracking_uri()}"
     masses = sorted({float(r["mass_kda"]) for r in rows})
     run.finish(
         metrics,
@@ -66,17 +61,12 @@ def demo(out: Path, seed: int = 0) -> dict[str, float]:
             f"slices of all {len(rows)} subtomograms of unseen classes: {trained / 'evaluation' / 'test' / 'overlays'}",
             f"masks and predictions.csv: {run.out / 'predictions'}",
             f"the run, a bundle of its own: {trained}",
-            f"open the MLflow page: cd {run.root} && {Path(sys.executable).parent / 'mlflow'} ui{server}",
+            run.mlflow_page(),
             f"Simulated subtomograms (SNR infinity) of 8 classes that were never trained on, {masses[0]:g} to "
             f"{masses[-1]:g} kDa; search_accuracy: {len(found)} of them against one subtomogram of each class.",
         ],
     )
     return metrics
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _search_set(folder: Path, rows: list[dict[str, str]]) -> dict[str, str]:

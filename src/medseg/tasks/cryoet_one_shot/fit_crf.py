@@ -52,11 +52,11 @@ def fit(run: Path, steps: int = 60, cases: int = 48, learning_rate: float = 0.05
     with run_lock(run), _threads(1):  # small volumes: several threads would only wait for each other
         crf, chosen = _network_masks(files["evaluate"], run, cases)
         fitting, judging = chosen[::2], chosen[1::2]
-        old = {"network": 0.0, "before": _mean_dice(crf, judging)}
-        old["network"] = float(np.mean([dice(p[:, 1:] > 0.5, label) for p, _, label in judging]))
+        network = float(np.mean([dice(p[:, 1:] > 0.5, label) for p, _, label in judging]))
+        judged = {"network": network, "before": _mean_dice(crf, judging)}
         found = fit_crf(crf, fitting, steps, learning_rate, seed=seed)
-        judged = {**old, "after": _mean_dice(crf, judging)}
-        stored = found.step > 0 and judged["after"] >= max(old.values())
+        judged["after"] = _mean_dice(crf, judging)
+        stored = found.step > 0 and judged["after"] == max(judged.values())
         if stored:
             _store(files, found.after)
     record = {"fitting_cases": len(fitting), "judging_cases": len(judging), "judging_dice": judged, "stored": stored}
@@ -83,7 +83,8 @@ def _network_masks(config: Path, run: Path, count: int) -> tuple[Any, list[Case]
     chosen: list[Case] = []
     with torch.no_grad():
         for i in track([int(i) for i in indices], "segment"):
-            image, label = (plain_tensor(data[i][k])[None].to(device) for k in ("image", "label"))
+            item = data[i]
+            image, label = (plain_tensor(item[k])[None].to(device) for k in ("image", "label"))
             probability = network(image).sigmoid()
             chosen.append((torch.cat([1 - probability, probability], dim=1), grey_levels(image), label))
     return parser.get_parsed_content("crf_def").to(device), chosen

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.io.datalist import write_datalist
+from medseg.io.datalist import stray_values, write_datalist
 from medseg.io.mrc import write_mrc
 from medseg.progress import track
 
@@ -155,11 +155,10 @@ def _check_slot(release: _Release, c: int, k: int) -> None:
             f"{release.source / 'data.npy'}, {where} is constant ({volume.flat[0]:g}): an empty slot? "
             f"cnt.npy says that class {c} has {release.counts[c]} filled ones"
         )
-    values = np.unique(mask)
-    if len(values) > 2 or values[0] < 0 or (len(values) == 2 and values[0] != 0):
-        shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if len(values) > 6 else "")
+    stray = stray_values(mask)
+    if stray:
         raise ValueError(
-            f"{release.source / 'data_seg.npy'}, {where} is not binary (values {shown}); expected 0 and one other value"
+            f"{release.source / 'data_seg.npy'}, {where} is not binary (values {stray}); expected 0 and one other value"
         )
 
 

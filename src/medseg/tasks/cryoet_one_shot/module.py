@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.data import decollate_batch
-from torch import distributed
 
 from medseg.metrics import dice
 from medseg.tasks.cryoet_one_shot.episodes import EpisodeOrder, NWayAccuracy
 from medseg.tasks.cryoet_one_shot.losses import EpisodeLoss
 from medseg.tasks.cryoet_one_shot.network import COSNet
 from medseg.tasks.cryoet_one_shot.refine import MaskRefiner
-from medseg.training.module import Case, SegmentationModule, plain_tensor
+from medseg.training.module import Case, SegmentationModule, all_gathered, plain_tensor
 
 #: Metric by this name: Dice of the mask before the CRF.
 WITHOUT_CRF = "dice_without_crf"
@@ -98,16 +97,14 @@ class OneShotModule(SegmentationModule):
                 metrics[WITHOUT_CRF] = dice(plain_tensor(item["without_crf"])[0].cpu().numpy() >= self.threshold, truth)
         return metrics
 
-    def _log_means(self, stage: str) -> None:
-        gathered: list[Any] = [(self.cases, self._features)]  # of every process
-        if distributed.is_available() and distributed.is_initialized():
-            gathered = [None] * distributed.get_world_size()
-            distributed.all_gather_object(gathered, (self.cases, self._features))
-        self.cases = list({(c.part, c.image): c for cases, _ in gathered for c in cases}.values())
+    def _gather_cases(self) -> None:
+        super()._gather_cases()
+        features = {case: feature for part in all_gathered(self._features) for case, feature in part.items()}
         self._features = {}
-        features = {key: f for _, part in gathered for key, f in part.items()}
         for part in dict.fromkeys(c.part for c in self.cases):
             self._score_matches([c for c in self.cases if c.part == part], features)
+
+    def _log_means(self, stage: str) -> None:
         super()._log_means(stage)
         self._require_a_choice(stage)
 

@@ -5,8 +5,6 @@ Source: B. Zhou et al., Frontiers in Molecular Biosciences 7, 2020, Tables 1 to 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import subprocess
 import sys
@@ -20,7 +18,7 @@ import numpy as np
 from medseg.bundles.catalog import find_bundle, repository_root
 from medseg.experiments.crossval import cross_validate, print_outcome, print_summary
 from medseg.experiments.plan import Child, Plan, Setting, make_plan, parse_setting
-from medseg.io.files import write_atomically
+from medseg.io.files import read_csv, write_atomically, write_csv
 from medseg.tasks.cryoet_one_shot.fit_crf import fit
 from medseg.tasks.cryoet_one_shot.simulate import simulate
 
@@ -82,8 +80,7 @@ def paper(
     """Simulate at three SNRs, train the four networks at each, fit their CRFs, and print accuracy and Dice.
 
     Args:
-        out: folder for data, runs, ``accuracy.csv``, ``dice.csv`` and ``paper_tables.md``. Called again it runs only
-            what is missing.
+        out: folder for data, runs, ``cases.csv`` and ``paper_tables.md``. Called again it runs only what is missing.
         repeats: trainings of each network, with the seeds ``seed``, ``seed + 1``, ... An ablation that differs by 0.01
             needs several.
         count: subtomograms per SNR; 880, or the paper's 5,835 if ``full``.
@@ -117,7 +114,7 @@ def paper(
         "numbers on its own simulated data of other complexes, not measured here."
     )
     text = "\n\n".join([title, "**One-shot accuracy**", _accuracy(rows), "**Dice by class**", _dice(rows)]) + "\n"
-    _write_csv(out / "cases.csv", rows)
+    write_csv(out / "cases.csv", rows)
     write_atomically(out / "paper_tables.md", text.encode())
     print(f"\n{text}\nwrote {out / 'paper_tables.md'} and {out / 'cases.csv'}")
     return text
@@ -157,9 +154,8 @@ def _scores(child: Child, snr: str) -> list[Row]:
     if not file.is_file():
         print(f"{child.name}: failed, left out of the tables")
         return []
-    with file.open(newline="", encoding="utf-8") as text:
-        rows: list[Row] = list(csv.DictReader(text))
-    return [{"snr": snr, "network": child.network, "mode": child.mode, "repeat": child.repeat, **r} for r in rows]
+    own = {"snr": snr, "network": child.network, "mode": child.mode, "repeat": child.repeat}
+    return [own | row for row in read_csv(file)]
 
 
 def _mean(rows: Sequence[Row], metric: str) -> tuple[float, float]:
@@ -206,11 +202,3 @@ def _dice(rows: Sequence[Row]) -> str:
             named = ", ".join(f"{pdb} {number:.2f}" for pdb, number in zip(PDB, numbers, strict=True))
             lines.append(f"\n*Paper, SNR {snr}, {NAMES[network]}, with CRF: {named}; mean {np.mean(numbers):.3f}*")
     return "\n".join(lines)
-
-
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for r in rows for k in r)), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())

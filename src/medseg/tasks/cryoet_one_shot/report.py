@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.io.files import write_atomically
+from medseg.io.files import write_atomically, write_csv
 from medseg.io.images import write_png
 from medseg.io.mrc import read_mrc
 from medseg.progress import track
@@ -131,11 +130,7 @@ class SearchReport:
         return row
 
     def _write(self, _: Any) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.rows[0]) if self.rows else ["file", "structure", "score"])
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.folder / "predictions.csv", text.getvalue().encode())
+        write_csv(self.folder / "predictions.csv", self.rows, () if self.rows else ("file", "structure", "score"))
         if self.scores:
             picture = io.BytesIO()
             match_figure(np.stack(self.scores), self.names, [Path(r["file"]).name for r in self.rows]).savefig(picture)

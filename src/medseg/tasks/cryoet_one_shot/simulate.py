@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from medseg.io.datalist import write_datalist
-from medseg.io.files import write_atomically
+from medseg.io.files import write_csv
 from medseg.io.mrc import write_mrc
 from medseg.progress import track
 from medseg.tasks.cryoet_one_shot.catalogue import catalogue
@@ -243,16 +243,15 @@ def _items(job: _Job, count: int, folds: int) -> tuple[list[dict[str, Any]], lis
 
 def _write_classes(job: _Job) -> None:
     """Write ``classes.csv`` and the density of every class."""
-    lines = ["class,part,mass_kda,radius_of_gyration,symmetry,source"]
+    rows = []
     for number, item in enumerate(job.complexes):
         part = "training" if number < job.train_classes else "test"
-        lines.append(
-            f"{item.name},{part},{item.mass_kda:.1f},{item.radius_of_gyration:.1f},{item.symmetry},{item.source}"
-        )
+        sizes = {"mass_kda": f"{item.mass_kda:.1f}", "radius_of_gyration": f"{item.radius_of_gyration:.1f}"}
+        rows.append({"class": item.name, "part": part, **sizes, "symmetry": item.symmetry, "source": item.source})
         shape = (job.physics.size,) * 3
         template = density(item.points, item.masses, shape, job.physics.voxel_size, job.physics.resolution)
         write_mrc(job.out / "templates" / f"{item.name}.mrc", template, job.physics.voxel_size)
-    write_atomically(job.out / "classes.csv", ("\n".join(lines) + "\n").encode())
+    write_csv(job.out / "classes.csv", rows)
 
 
 def _complexes(models: str, pdb_ids: str, out: Path, cell: float) -> tuple[Complex, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medseg.io.datalist import Item
+from medseg.io.datalist import Item, stray_values
 from medseg.io.mrc import read_mrc
 from medseg.io.overlay import overlay
 
@@ -45,11 +45,8 @@ class CheckSubtomogram:
             mask, _ = read_mrc(item["label"], self.size)
         except (OSError, ValueError) as error:
             return str(error)
-        values = np.unique(mask)
-        if len(values) > 2 or values[0] < 0 or (len(values) == 2 and values[0] != 0):
-            shown = ", ".join(f"{v:g}" for v in values[:6]) + (", ..." if len(values) > 6 else "")
-            return f"mask {item['label']} is not binary (values {shown}); use 0 and one other value"
-        return None
+        stray = stray_values(mask)
+        return f"mask {item['label']} is not binary (values {stray}); use 0 and one other value" if stray else None
 
 
 class DrawSlices:

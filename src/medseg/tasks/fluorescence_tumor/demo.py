@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import shutil
-import sys
 from pathlib import Path
 
 from medseg.demo import Demo
+from medseg.io.files import read_csv
 from medseg.metrics import summarise
-from medseg.tracking.store import tracking_uri
 
 METRICS = ("dice", "hausdorff_distance", "fpsr", "fnsr")
 TRAINED, UNSEEN = ("abfm", "dthp"), "dthl"
@@ -37,13 +34,13 @@ def demo(out: Path, seed: int = 0) -> dict[str, float]:
     styles = [word for style in (*TRAINED, UNSEEN) for word in ("--style", style)]
     simulate = ["simulate", "fluorescence_tumor", "--out", str(data), "--count", str(COUNT), "--seed", str(seed)]
     simulate += ["--size", str(SIZE), *styles]
-    run.step("simulate", [sys.executable, "-m", "medseg", *simulate], shown=["medseg", *simulate])
+    run.medseg("simulate", *simulate)
     run.bundle(
         "train", [f"{configs}/train.yaml", f"{configs}/demo.yaml"],
         dataset_dir=data, output_dir=trained, seed=seed, run_name="demo-unetpp",
     )  # fmt: skip
     run.bundle("evaluate", str(trained / "configs" / "evaluate.yaml"))
-    rows = _rows(trained / "evaluation" / "test" / "per_image.csv")
+    rows = read_csv(trained / "evaluation" / "test" / "per_image.csv")
     run.bundle(
         "inference", str(trained / "configs" / "inference.yaml"),
         dataset_dir=_folder_to_segment(run.out / "new_images", rows),
@@ -53,7 +50,6 @@ def demo(out: Path, seed: int = 0) -> dict[str, float]:
     metrics = _means([r for r in rows if r["style"] in TRAINED], "")
     for style in (*TRAINED, UNSEEN):
         metrics |= _means([r for r in rows if r["style"] == style], f"_{style}")
-    server = "" if os.environ.get("MLFLOW_TRACKING_URI") else f" --backend-store-uri {tracking_uri()}"
     run.finish(
         metrics,
         [
@@ -61,16 +57,11 @@ def demo(out: Path, seed: int = 0) -> dict[str, float]:
             f"overlays of all {len(rows)} held-out images: {trained / 'evaluation' / 'test' / 'overlays'}",
             f"masks and predictions.csv: {run.out / 'predictions'}",
             f"the run, a bundle of its own: {trained}",
-            f"open the MLflow page: cd {run.root} && {Path(sys.executable).parent / 'mlflow'} ui{server}",
+            run.mlflow_page(),
             f"Means over the held-out simulated images of {' and '.join(TRAINED)}; {UNSEEN} was never trained on.",
         ],
     )
     return metrics
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _folder_to_segment(folder: Path, rows: list[dict[str, str]]) -> Path:

@@ -5,8 +5,6 @@ Source: W. Hou et al., Surgical Innovation 2024, Tables 2, 3 and 5.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from medseg.experiments.plan import Setting, make_plan, parse_setting
 from medseg.experiments.report import write_comparison
 from medseg.experiments.runs import read_runs
 from medseg.io.datalist import write_datalist
-from medseg.io.files import write_atomically
+from medseg.io.files import write_atomically, write_csv
 from medseg.tasks.fluorescence_tumor.simulate import simulate
 
 TRAINED, UNSEEN = ("abfm", "dthp"), "dthl"
@@ -167,11 +165,7 @@ def _own_runs(out: Path) -> str:
 
 def _write_table(out: Path, count: int, folds: int, full: bool) -> str:
     rows = list(_rows(out))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "paper_table.csv", text.getvalue().encode())
+    write_csv(out / "paper_table.csv", rows)
     recipe = "1024 x 1024 images, the bundle's recipe" if full else "256 x 256 images, the demo's small recipe"
     blocks = [
         f"Simulated data ({count} images a style, {recipe}, {folds} folds): mean (sd) over the tested cases. "
