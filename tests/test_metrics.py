@@ -8,7 +8,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 from skimage.metrics import hausdorff_distance as skimage_hausdorff
 
-from medseg.metrics import dice, fnsr, fpsr, hausdorff_distance
+from medseg.metrics import dice, fnr, fnsr, fpsr, hausdorff_distance, precision
 
 PRED = np.array([[1, 1, 0, 0], [0, 0, 0, 0]], bool)
 TRUTH = np.array([[0, 1, 1, 1], [0, 0, 0, 0]], bool)
@@ -20,6 +20,8 @@ def test_hand_computed_case():
     assert dice(PRED, TRUTH) == pytest.approx(2 / 5)
     assert fpsr(PRED, TRUTH) == pytest.approx(1 / 5)
     assert fnsr(PRED, TRUTH) == pytest.approx(2 / 5)
+    assert precision(PRED, TRUTH) == pytest.approx(1 / 2)
+    assert fnr(PRED, TRUTH) == pytest.approx(2 / 3)
     # pixel (0, 3) of the truth is 2 from the prediction; pixel (0, 0) of the prediction is 1 from the truth
     assert hausdorff_distance(PRED, TRUTH) == 2
     assert hausdorff_distance(PRED, TRUTH, spacing=(1, 0.5)) == 1
@@ -29,6 +31,9 @@ def test_empty_masks_are_undefined_not_a_number_someone_chose():
     assert [f(EMPTY, TRUTH) for f in (dice, fpsr, fnsr)] == [0, 0, 1]
     assert [f(PRED, EMPTY) for f in (dice, fpsr, fnsr)] == [0, 1, 0]
     assert all(math.isnan(f(EMPTY, EMPTY)) for f in (dice, fpsr, fnsr, hausdorff_distance))
+    assert (precision(PRED, EMPTY), fnr(EMPTY, TRUTH)) == (0, 1)
+    assert math.isnan(precision(EMPTY, TRUTH))
+    assert math.isnan(fnr(PRED, EMPTY))
     assert math.isnan(hausdorff_distance(EMPTY, TRUTH))
     assert math.isnan(hausdorff_distance(PRED, EMPTY))
 

@@ -248,6 +248,27 @@ def compare(
 
 
 @app.command()
+def froc(
+    runs: Annotated[list[str], typer.Argument(metavar="[NAME=]RUN", help="Folders of runs that scored a part.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables and figures.")],
+    rule: Annotated[str, typer.Option(help="Hit rule: iou>0.5, iou>0.3, centre or bcs-dbt.")] = "iou>0.5",
+    limit: Annotated[float, typer.Option(help="False positives up to which the area is taken.")] = 4.0,
+    part: Annotated[str, typer.Option(help="Part of the data list that was scored.")] = "test",
+    baseline: Annotated[str | None, typer.Option(help="Run to test the others against; the first one.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="Field for subgroups; may be given several times. All known by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
+) -> None:
+    """FROC analysis of one or several runs of a detection task: curves, tables, subgroups, paired tests."""
+    from medseg.detection.froc_report import find_runs, write_froc_report
+
+    for file in write_froc_report(find_runs(runs, part), out, rule, limit, baseline, seed=seed, fields=field):
+        print(f"wrote {file}", file=sys.stderr)
+    print((out / "froc_tables.md").read_text(encoding="utf-8"), end="")
+
+
+@app.command()
 def ensemble(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, e.g. crossval/unet-end_to_end/repeat0-fold*.")],
     out: Annotated[Path, typer.Option(help="Folder to write the ensemble to.")],

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
 
-__all__ = ["dice", "fnsr", "fpsr", "hausdorff_distance", "summarise"]
+__all__ = ["dice", "fnr", "fnsr", "fpsr", "hausdorff_distance", "precision", "summarise"]
 
 
 def dice(pred: Any, truth: Any) -> float:
@@ -78,6 +78,40 @@ def fnsr(pred: Any, truth: Any) -> float:
     """
     x, y = _masks(pred, truth)
     return _ratio(int(np.count_nonzero(y & ~x)), x, y)
+
+
+def precision(pred: Any, truth: Any) -> float:
+    """Share of the prediction that is true, ``TP / (TP + FP)``.
+
+    Args:
+        pred: mask of any shape.
+        truth: mask of the same shape.
+
+    Returns:
+        A value in [0, 1]; ``nan`` for an empty prediction.
+
+    Raises:
+        ValueError: if the shapes differ or a mask holds anything but 0 and 1.
+    """
+    x, y = _masks(pred, truth)
+    return int(np.count_nonzero(x & y)) / int(np.count_nonzero(x)) if x.any() else float("nan")
+
+
+def fnr(pred: Any, truth: Any) -> float:
+    """False negative rate, ``FN / (TP + FN)``: the share of the truth that the prediction misses.
+
+    Args:
+        pred: mask of any shape.
+        truth: mask of the same shape.
+
+    Returns:
+        A value in [0, 1]; 1 for an empty prediction, ``nan`` for an empty truth.
+
+    Raises:
+        ValueError: if the shapes differ or a mask holds anything but 0 and 1.
+    """
+    x, y = _masks(pred, truth)
+    return int(np.count_nonzero(y & ~x)) / int(np.count_nonzero(y)) if y.any() else float("nan")
 
 
 def hausdorff_distance(

@@ -20,8 +20,8 @@ from medseg.bundles.targets import index_monai
 #: What train and inference configs rightly differ in: where data come from and go to, and how they are walked through.
 MAY_DIFFER = {
     "_meta_", "bundle_root", "ckpt_path", "dataloader", "dataset", "dataset_dir", "device", "evaluator", "finalize",
-    "handlers", "imports", "initialize", "invertible", "keys", "network", "output_dir", "pred_key", "preprocessing",
-    "postprocessing", "run",
+    "handlers", "imports", "initialize", "invertible", "keep_errors", "keys", "network", "output_dir", "pred_key",
+    "preprocessing", "postprocessing", "run",
 }  # fmt: skip
 
 #: A text of a packed bundle that is larger is none to be checked.

@@ -142,7 +142,7 @@ class MLflowRecorder(pl.Callback):
         self._tables = list(dict.fromkeys([*self._tables, f"{part}/per_image.json"]))
         self._store.submit("per-image table", functools.partial(_log_table, rows=rows, tables=list(self._tables)))
         files = {
-            part: ["per_image.csv", "metrics.json", "reliability.png"],
+            part: ["per_image.csv", "metrics.json", "reliability.png", "detections.csv", "truths.csv"],
             "": ["train.log"],
             "models": ["models/model.pt"],
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,9 @@ class SegmentationModule(pl.LightningModule):
         if not self.keep_masks or self.probability_key is None or self.probability_key not in item:
             return None  # an epoch's validation has no use for it
         return reliability_bins(plain_tensor(item[self.probability_key])[0].cpu().numpy(), truth)
+
+    def write_details(self, folder: Path, cases: list[Case]) -> None:
+        """Write what a part's table of cases has no room for; nothing for masks."""
 
     def _gather_cases(self) -> None:
         """Bring the cases of all processes together."""

@@ -13,16 +13,18 @@ import numpy as np
 from medseg.calibration import reliability_figure, reliability_table
 from medseg.io.files import write_atomically, write_csv
 from medseg.io.images import write_png
+from medseg.io.overlay import overlay_of_file
 from medseg.metrics import summarise
 from medseg.training.module import Case
 
-#: Picture (h, w) or (h, w, 3) uint8 of a file with a prediction and the truth drawn on it.
-Draw = Callable[[str, Any, Any], Any]
+#: Picture (h, w) or (h, w, 3) uint8 of a case: its image with prediction and truth drawn on it.
+Draw = Callable[[Case], Any]
 
 __all__ = [
     "Draw",
     "by_file_name",
     "by_part",
+    "draw_case",
     "table",
     "typical_cases",
     "worst_first",
@@ -84,17 +86,21 @@ def write_overlays(folder: Path, cases: dict[str, Case], draw: Draw) -> list[Pat
     Args:
         folder: where to.
         cases: with masks, by file name.
-        draw: gives the picture of a path, a prediction and the truth, as :func:`medseg.io.overlay.overlay_of_file`.
+        draw: gives the picture of a case.
 
     Returns:
         The files written.
     """
     files = []
     for name, case in cases.items():
-        pred, truth = case.unpacked()
         files.append(folder / f"{name}.png")
-        write_png(files[-1], draw(case.image, pred, truth))
+        write_png(files[-1], draw(case))
     return files
+
+
+def draw_case(case: Case) -> Any:
+    """Outlines of prediction and truth on a 2D image, see :func:`medseg.io.overlay.overlay_of_file`."""
+    return overlay_of_file(case.image, *case.unpacked())
 
 
 def by_file_name(cases: list[Case]) -> dict[str, Case]:

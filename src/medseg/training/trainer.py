@@ -15,13 +15,13 @@ import torch
 
 from medseg.bundles.running import merged_config, running_parser
 from medseg.interruption import ended_by_signals
-from medseg.io.overlay import overlay_of_file
 from medseg.training.checkpoint import load_weights, save_weights
 from medseg.training.module import SegmentationModule
 from medseg.training.results import (
     Draw,
     by_file_name,
     by_part,
+    draw_case,
     table,
     typical_cases,
     worst_first,
@@ -56,7 +56,7 @@ class Trainer(pl.Trainer):
         resume: continue the run in ``output_dir`` from its last checkpoint.
         handlers: Lightning callbacks. MONAI Label may add a ``CheckpointLoader``: its weights are loaded. Other
             Ignite handlers are ignored with a warning.
-        draw: gives the overlay of an image file, a prediction and the truth.
+        draw: gives the overlay of a case.
         kwargs: further arguments of ``pytorch_lightning.Trainer``.
 
     Raises:
@@ -75,7 +75,7 @@ class Trainer(pl.Trainer):
         test_dataloader: Any = None,
         resume: bool = False,
         handlers: Iterable[Any] = (),
-        draw: Draw = overlay_of_file,
+        draw: Draw = draw_case,
         **kwargs: Any,
     ) -> None:
         super().__init__(callbacks=_callbacks(handlers), **_defaults(kwargs))
@@ -122,6 +122,7 @@ class Trainer(pl.Trainer):
         if self.is_global_zero:
             cases = self._module.cases
             summary = write_results(self._folder, cases)
+            self._module.write_details(self._folder, cases)
             pictures = write_overlays(self._folder / "overlays", typical_cases(cases), self._draw)
             _tell(self, "on_results", self._folder, "best_val", cases, summary, pictures)
             log.info("best weights: %s", self._folder / "models" / "model.pt")
@@ -150,7 +151,7 @@ class Evaluator(pl.Trainer):
         output_dir: str,
         ckpt_path: str | None = None,
         handlers: Iterable[Any] = (),
-        draw: Draw = overlay_of_file,
+        draw: Draw = draw_case,
         **kwargs: Any,
     ) -> None:
         super().__init__(callbacks=_callbacks(handlers), **_defaults(kwargs))
@@ -192,6 +193,7 @@ def _score_parts(
             case.overlay = f"{name}.png"
         where = folder / part
         summaries[part] = write_results(where, cases)
+        module.write_details(where, cases)
         pictures = write_overlays(where / "overlays", named, draw)
         _tell(trainer, "on_results", where, part, cases, summaries[part], pictures)
         log.info("scores of the %s part\n%s", part, table(summaries[part]))

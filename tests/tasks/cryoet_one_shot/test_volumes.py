@@ -24,6 +24,7 @@ from medseg.tasks.cryoet_one_shot.volumes import (
     orthogonal_slices,
     read_subtomogram,
 )
+from medseg.training.module import Case
 
 RECIPES = Path("transforms/cryoet.yaml")
 SIZE = 8
@@ -166,7 +167,9 @@ def test_the_row_before_the_crf_is_above_the_row_after_it():
 
 def test_the_trainer_draws_from_a_file(item):
     path, mask = item()["image"], noise() > 0
-    np.testing.assert_array_equal(DrawSlices()(path, mask, ~mask), orthogonal_slices(noise(), mask, ~mask))
+    masks = (np.packbits(mask), np.packbits(~mask), mask.shape)
+    case = Case(path, {}, empty_prediction=False, empty_truth=False, masks=masks)
+    np.testing.assert_array_equal(DrawSlices()(case), orthogonal_slices(noise(), mask, ~mask))
 
 
 def outcomes(recipe: str, volume: torch.Tensor, draws: int) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from medseg.io.datalist import Item, stray_values
 from medseg.io.mrc import read_mrc
 from medseg.io.overlay import overlay
+from medseg.training.module import Case
 
 __all__ = ["CheckSubtomogram", "DrawSlices", "crf_slices", "orthogonal_slices", "read_subtomogram"]
 
@@ -52,9 +53,9 @@ class CheckSubtomogram:
 class DrawSlices:
     """Draws a subtomogram for the trainer: see :func:`orthogonal_slices`."""
 
-    def __call__(self, path: str, pred: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-        """Slices of a file with prediction and truth (D, H, W) outlined."""
-        return orthogonal_slices(read_mrc(path)[0], pred, truth)
+    def __call__(self, case: Case) -> npt.NDArray[np.uint8]:
+        """Slices of a case with prediction and truth outlined."""
+        return orthogonal_slices(read_mrc(case.image)[0], *case.unpacked())
 
 
 def orthogonal_slices(

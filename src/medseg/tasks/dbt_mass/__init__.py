@@ -1,0 +1,1 @@
+"""Mass detection and segmentation in digital breast tomosynthesis (Fan et al. 2020, 3D Mask R-CNN)."""
