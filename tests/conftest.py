@@ -73,6 +73,16 @@ def tiny_subtomograms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny_breasts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 8 breasts in two views of 16 x 48 x 48: 12 views in the folds 0 to 2, 4 to test."""
+    from medseg.tasks.dbt_mass.simulate import simulate
+
+    out = tmp_path_factory.mktemp("breasts")
+    simulate(out, 8, seed=7, shape="16,48,48", spacing="4,2.5,2.5", test_share=0.25, folds=3, workers=1)
+    return out
+
+
 @pytest.fixture
 def bundle_run() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``python -m monai.bundle run`` in a process of its own, from the repository root."""

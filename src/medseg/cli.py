@@ -398,6 +398,9 @@ def paper(
         int | None, typer.Option(help="Trainings of each method, where the paper has one split.")
     ] = None,
     count: Annotated[int | None, typer.Option(help="Simulated images or volumes per style.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Seconds that each network trains, where all train equally long.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of images, folds and training.")] = 0,
     settings: Settings = None,
     jobs: Jobs = None,
@@ -407,7 +410,11 @@ def paper(
 ) -> None:
     """Make the table of the task's paper on simulated data, with the published numbers beside it."""
     run = _task_module(task, "paper").paper
-    chosen = {k: v for k, v in {"folds": folds, "repeats": repeats, "count": count}.items() if v is not None}
+    chosen = {
+        k: v
+        for k, v in {"folds": folds, "repeats": repeats, "count": count, "seconds": seconds}.items()
+        if v is not None
+    }
     for name in chosen:
         if name not in inspect.signature(run).parameters:
             raise ValueError(f"the tables of {task} have no --{name}")

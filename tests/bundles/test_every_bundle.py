@@ -16,13 +16,27 @@ from medseg.bundles.check import check_bundle
 
 SCHEMA = Path("src/medseg/bundles/metadata_schema.json")
 BUNDLES = list_bundles(Path(__file__).resolve().parents[2])
-VARIANTS = [(b, network) for b in BUNDLES for network in b.metadata["networks"]]
 
+#: Their networks give losses and detections, no dense logits: ``network(images, targets)``.
+DETECTORS = {"dbt_mass"}
+
+VARIANTS = [(b, network) for b in BUNDLES for network in b.metadata["networks"]]
+SEGMENTERS = [v for v in VARIANTS if v[0].name not in DETECTORS]
+
+#: What makes a detector's networks small, whichever is chosen; its patch has three different sides.
+SMALL_DETECTOR = {
+    "spacing": [4.0, 2.5, 2.5], "patch_size": [16, 64, 32], "depth": 10, "widths": [8, 8, 16, 16], "fpn_channels": 16,
+    "max_pool": False, "stem": 3, "norm": ["instance", {"affine": True}], "anchors_per_level": 1, "box_hidden": 16,
+    "box_convolutions": [], "mask_hidden": 8, "mask_convolutions": 1,
+    "regions": {"box_size": [2, 3, 3], "mask_size": [4, 4, 4]}, "depth_2d": 18, "slices": 1,
+    "anchor_sides_2d": [4, 8, 16, 24, 32],
+}  # fmt: skip
 
 #: Of each bundle: the fixture with its data, what makes it small, how many items train and validate, and are segmented.
 TINY = {
     "fluorescence_tumor": ("tiny_data", {"roi_size": [32, 32]}, 8, 10),
     "cryoet_one_shot": ("tiny_subtomograms", {"channels": 4}, 42, 66),
+    "dbt_mass": ("tiny_breasts", SMALL_DETECTOR, 12, 16),
 }
 
 #: Parameters that an output mask does not depend on. An EfficientNet's classifier head stays in the library's encoder,
@@ -36,6 +50,7 @@ NOT_FOR_MASKS = {
 SHARED = {
     "fluorescence_tumor": ("image_size", "roi_size", "normalize", "inferer"),
     "cryoet_one_shot": ("size", "threshold", "crf", "crf_def", "refine"),
+    "dbt_mass": ("spacing", "patch_size", "depth", "widths", "regions", "proposals", "threshold", "inferer"),
 }
 
 
@@ -55,14 +70,22 @@ def input_shape(parser) -> list[int]:
     return [1, *(s if isinstance(s, int) else 32 * (2 + i) for i, s in enumerate(sides))]
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0].name}-{v[1]}")
-def network_parser(request):
+def with_network(bundle, network, **changes):
     """The inference config with one network chosen, as ``--network_name`` does."""
-    bundle, network = request.param
     parser = ConfigParser()
     parser.read_config(f"{configs(bundle)}/inference.yaml")
-    parser["network_name"] = network
+    parser.update({"network_name": network, **changes})
     return parser
+
+
+def named(variant) -> str:
+    return f"{variant[0].name}-{variant[1]}"
+
+
+@pytest.fixture(params=SEGMENTERS, ids=named)
+def network_parser(request):
+    """A segmentation network of a bundle, in full size."""
+    return with_network(*request.param)
 
 
 def test_files_of_the_model_zoo(bundle):
@@ -127,6 +150,42 @@ def test_forward_and_backward_reach_every_used_parameter(network_parser):
     assert [n for n in without if not n.startswith(NOT_FOR_MASKS[Path(network_parser["bundle_root"]).name])] == []
 
 
+@pytest.fixture(params=[v for v in VARIANTS if v[0].name in DETECTORS], ids=named)
+def detector(request):
+    """A small detector on the CPU, two patches and their truth: a ball in the first one, two in the second."""
+    torch.manual_seed(0)
+    network = with_network(*request.param, **SMALL_DETECTOR).get_parsed_content("network_def")
+    d, h, w = torch.meshgrid(*map(torch.arange, SMALL_DETECTOR["patch_size"]), indexing="ij")
+    balls = [(d - 8) ** 2 + (h - row) ** 2 + (w - 15) ** 2 < 36 for row in (20, 20, 44)]
+    boxes = [torch.cat([m.nonzero().amin(0), m.nonzero().amax(0) + 1]).float() for m in balls]
+    targets = [{"boxes": torch.stack(boxes[s]), "masks": torch.stack(balls[s])} for s in (slice(1), slice(1, 3))]
+    images = torch.stack([balls[0], balls[1] | balls[2]]).float()[:, None] + 0.1
+    return network, images + 0.05 * torch.randn(images.shape), targets
+
+
+def test_losses_of_a_detector_reach_every_parameter(detector):
+    network, images, targets = detector
+    losses = network.train()(images, targets)
+    assert all(torch.isfinite(loss) and loss.shape == () and loss >= 0 for loss in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    assert [n for n, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
+@torch.no_grad()
+def test_detections_of_a_detector_lie_in_the_patch(detector):
+    network, images, _ = detector
+    for image, found in zip(images, network.eval()(images), strict=True):
+        count = len(found.boxes)
+        assert found.boxes.shape == (count, 6)
+        assert found.scores.shape == (count,)
+        assert found.masks.shape[0] == count
+        assert (found.boxes[:, 3:] > found.boxes[:, :3]).all()
+        assert (found.boxes >= 0).all()
+        assert (found.boxes[:, 3:] <= torch.tensor(image.shape[1:])).all()
+        assert ((found.masks >= 0) & (found.masks <= 1)).all()
+        assert (found.scores.diff() <= 0).all()
+
+
 def test_export_reproduces_the_network(network_parser, tmp_path):
     """``ckpt_export`` traces at the window's size: what the sliding window feeds, whatever the image's size."""
     from monai.bundle import ckpt_export
@@ -168,7 +227,9 @@ def test_monai_finds_the_properties(bundle, request, tmp_path):
     assert train.trainer.network is train.parser.get_parsed_content("network")
     for name in ("train_inferer", "val_inferer", "train_preprocessing", "val_postprocessing", "train_dataset_data"):
         assert getattr(train, name) is not None, name
-    where = {"dataset_dir": str(Path(train.train_dataset_data[0]["image"]).parent)}
+    weights = tmp_path / "model.pt"
+    weights.touch()  # looked for, not yet read
+    where = {"dataset_dir": str(Path(train.train_dataset_data[0]["image"]).parent), "ckpt_path": str(weights)}
     if "support_dir" in (bundle.path / "configs" / "inference.yaml").read_text():
         where["support_dir"] = str(data / "templates")
     infer = create_workflow(config_file=f"{configs(bundle)}/inference.yaml", workflow_type="infer", **where)

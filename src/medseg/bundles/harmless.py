@@ -43,7 +43,7 @@ DEFINED = [
     r"medseg\.bundles\.running\.(readable_output|check_arguments)",
     r"medseg\.io\.datalist\.(load_datalist|split|scored_items|check_binary_masks)",
     r"medseg\.io\.predictions\.(PredictionReport|check_inputs)|medseg\.io\.mrc_monai\.MRC(Reader|Writer)",
-    r"medseg\.training\.\w+\.[A-Z]\w*|medseg\.training\.(transfer\.prepare|checkpoint\.load_weights)",
+    r"medseg\.training\.\w+\.[A-Z]\w*|medseg\.training\.(transfer\.prepare|checkpoint\.load_weights|precision\.fast_precision)",
     r"medseg\.tracking\.recorder\.MLflowRecorder",
     r"medseg\.(crf|detection)\.(\w+\.)?[A-Z]\w*",
     r"medseg\.tasks\.[a-z]\w*\.(?!simulate|demo|paper|fit_crf|import_)[a-z]\w*\.[A-Z]\w*",

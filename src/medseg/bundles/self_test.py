@@ -17,6 +17,9 @@ SELF_TEST = "self_test"
 #: moves single voxels at an outline; a GPU in bfloat16 moves a few more.
 MIN_DICE = 0.98
 
+#: Endings of masks.
+MASKS = (".nii", ".nii.gz", ".png", ".tif", ".tiff", ".mrc")
+
 __all__ = ["MIN_DICE", "SELF_TEST", "check_self_test", "is_empty", "run_inference"]
 
 
@@ -62,9 +65,9 @@ def run_inference(folder: Path, images: Path, masks: Path) -> None:
         if done.returncode:
             tail = "\n".join(done.stderr.strip().splitlines()[-5:])
             raise ValueError(f"the bundle does not run:\n{tail}")
-        # with medseg installed there are overlays/ and predictions.csv as well
-        for file in sorted(f for f in out.rglob("*") if f.is_file() and f.suffix != ".csv"):
-            if file.parent.name != "overlays":
+        # with medseg installed there are overlays/, tables and other forms of the masks as well
+        for file in sorted(f for f in out.rglob("*") if f.is_file() and f.name.lower().endswith(MASKS)):
+            if "overlays" not in file.relative_to(out).parts:
                 target = masks / file.relative_to(out)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)

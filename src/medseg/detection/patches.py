@@ -21,19 +21,22 @@ __all__ = ["PatchDetection", "paste_masks", "patch_starts"]
 class PatchDetection:
     """An inferer: finds the objects of whole volumes patch by patch.
 
-    Patches lie on a grid with overlap. Those that hold next to nothing of the body are skipped: the volume is 0 outside
-    of it. A box in the outer half of an overlap counts less, because the neighbouring patch sees its object whole.
+    Patches lie on a grid with overlap. The volume is 0 outside of the body: the grid spans the body's rows and columns
+    only, and patches that hold next to nothing of it are skipped. A box in the outer half of an overlap counts less,
+    because the neighbouring patch sees its object whole.
 
     Args:
         size: (d, h, w) of a patch; a side that the volume is shorter than is padded with 0.
         overlap: share of a patch, in [0, 1).
         skip_below: patches with a smaller share of non-zero columns (along d) are skipped; 0 skips only empty ones,
-            ``None`` none.
+            ``None`` none, and the grid spans the whole volume.
         batch_size: patches at a time.
         merge: ``nms``, or ``wbc`` (weighted box clustering).
         iou_threshold: boxes of several patches from this IoU on are the same object.
         edge_weight: weight of a box in the outer half of an overlap.
         score_threshold: lowest score of a merged detection.
+        flips: test-time augmentation: each patch is also seen flipped along these axes (0 is d), and what is found
+            counts like that of another patch, e.g. ``[[0], [1]]``; weighted box clustering averages the boxes.
         segment: gives masks (N, d, h, w) of the boxes (N, 6) in a volume (D, H, W) instead of the network's own.
     """
 
@@ -47,6 +50,7 @@ class PatchDetection:
         iou_threshold: float = 0.2,
         edge_weight: float = 0.5,
         score_threshold: float = 0.02,
+        flips: Sequence[Sequence[int]] = (),
         segment: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if not 0 <= overlap < 1:
@@ -56,6 +60,7 @@ class PatchDetection:
         self.overlap, self.skip_below, self.batch_size = overlap, skip_below, batch_size
         self.merge, self.iou_threshold, self.edge_weight = merge, iou_threshold, edge_weight
         self.score_threshold, self.segment = score_threshold, segment
+        self.views: list[tuple[int, ...]] = [(), *(tuple(int(a) for a in axes) for axes in flips)]
 
     def __call__(self, inputs: Tensor, network: Callable[[Tensor], list[Detections]], **_: Any) -> dict[str, Tensor]:
         """Objects of one volume.
@@ -79,31 +84,61 @@ class PatchDetection:
         for i in range(0, len(starts), self.batch_size):
             chosen = starts[i : i + self.batch_size]
             patches = torch.stack([self._patch(volume, start) for start in chosen])[:, None]
-            for start, found in zip(chosen, network(patches), strict=True):
-                offset = found.boxes.new_tensor([*start, *start])
-                boxes.append(found.boxes + offset)
-                scores.append(found.scores)
-                masks.append(found.masks)
-                weights.append(self._weights(found.boxes, start, volume.shape))
+            for axes in self.views:
+                for start, found in zip(chosen, self._seen(network, patches, axes), strict=True):
+                    offset = found.boxes.new_tensor([*start, *start])
+                    boxes.append(found.boxes + offset)
+                    scores.append(found.scores)
+                    masks.append(found.masks)
+                    weights.append(self._weights(found.boxes, start, starts))
         if not boxes:
             empty = volume.new_zeros((0, 6))
             return _batched(empty, empty[:, 0], volume.new_zeros((0, 2, 2, 2)), volume)
         found = self._merged(torch.cat(boxes), torch.cat(scores), torch.cat(masks), torch.cat(weights), starts, volume)
         return _batched(found.boxes, found.scores, found.masks, volume)
 
+    def _seen(
+        self, network: Callable[[Tensor], list[Detections]], patches: Tensor, axes: tuple[int, ...]
+    ) -> list[Detections]:
+        """Detections of patches (B, 1, d, h, w) seen flipped along some axes, turned back."""
+        if not axes:
+            return network(patches)
+        found = network(patches.flip([a + 2 for a in axes]))
+        return [Detections(self._flipped(f.boxes, axes), f.scores, f.masks.flip([a + 1 for a in axes])) for f in found]
+
+    def _flipped(self, boxes: Tensor, axes: tuple[int, ...]) -> Tensor:
+        turned = boxes.clone()
+        for a in axes:
+            turned[:, a], turned[:, a + 3] = self.size[a] - boxes[:, a + 3], self.size[a] - boxes[:, a]
+        return turned
+
     def starts(self, volume: Tensor) -> list[Size]:
         """Corners of the patches of a volume (D, H, W) that hold enough of the body."""
-        grid = patch_starts(volume.shape, self.size, self.overlap)
         if self.skip_below is None:
-            return grid
+            return patch_starts(volume.shape, self.size, self.overlap)
         body = (volume != 0).any(dim=0).float()
+        if not body.any():
+            return []
         area = self.size[1] * self.size[2]
         kept = []
-        for d, h, w in grid:
+        for d, h, w in self._body_grid(body, volume.shape):
             share = float(body[h : h + self.size[1], w : w + self.size[2]].sum()) / area
             if share > 0 and share >= self.skip_below:
                 kept.append((d, h, w))
         return kept
+
+    def _body_grid(self, body: Tensor, shape: Sequence[int]) -> list[Size]:
+        """Corners of the patches of the rectangle around a body (H, W)."""
+        low, high = [0], [int(shape[0])]
+        for axis in (0, 1):
+            filled = torch.nonzero(body.any(dim=1 - axis))[:, 0]
+            first, last = int(filled[0]), int(filled[-1]) + 1
+            room = self.size[axis + 1] - (last - first)
+            centred = first - max(0, room) // 2  # a small body lies in the middle of its patch
+            low.append(max(0, min(centred, int(shape[axis + 1]) - self.size[axis + 1])))
+            high.append(last)
+        starts = patch_starts([b - a for a, b in zip(low, high, strict=True)], self.size, self.overlap)
+        return [(d + low[0], h + low[1], w + low[2]) for d, h, w in starts]
 
     def _patch(self, volume: Tensor, start: Size) -> Tensor:
         d, h, w = (slice(s, s + n) for s, n in zip(start, self.size, strict=True))
@@ -111,15 +146,15 @@ class PatchDetection:
         missing = [n - p for n, p in zip(self.size, patch.shape, strict=True)]
         return functional.pad(patch, (0, missing[2], 0, missing[1], 0, missing[0])) if any(missing) else patch
 
-    def _weights(self, boxes: Tensor, start: Size, shape: Sequence[int]) -> Tensor:
-        """Weight of each box of a patch, by where its centre lies."""
+    def _weights(self, boxes: Tensor, start: Size, starts: Sequence[Size]) -> Tensor:
+        """Weight of each box of a patch, by where its centre lies: at the rim of the grid no neighbour sees more."""
         centre = (boxes[:, :3] + boxes[:, 3:]) / 2
         inside = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
         for axis in range(3):
             band = self.size[axis] * self.overlap / 2
-            if start[axis] > 0:
+            if start[axis] > min(s[axis] for s in starts):
                 inside &= centre[:, axis] >= band
-            if start[axis] + self.size[axis] < shape[axis]:
+            if start[axis] < max(s[axis] for s in starts):
                 inside &= centre[:, axis] <= self.size[axis] - band
         return torch.where(inside, 1.0, self.edge_weight).to(boxes.dtype)
 
@@ -129,7 +164,8 @@ class PatchDetection:
         centres = (boxes[:, :3] + boxes[:, 3:]) / 2
         low = centres.new_tensor(starts)
         high = low + centres.new_tensor(self.size)
-        expected = ((centres[:, None] >= low) & (centres[:, None] < high)).all(dim=2).sum(dim=1).clamp(min=1)
+        covering = ((centres[:, None] >= low) & (centres[:, None] < high)).all(dim=2).sum(dim=1)
+        expected = covering.clamp(min=1) * len(self.views)
         merged, merged_scores, members = merge_boxes(
             boxes, scores, weights, expected.to(boxes.dtype), self.merge, self.iou_threshold
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from monai.data.box_utils import box_iou
 from torch import nn
 from torch.nn import functional
 
+from medseg.detection.heads import BoxHead, MaskHead, Size
 from medseg.detection.nms import nms_3d
 from medseg.detection.region_proposal import Proposals, box_coder, clip_boxes
 from medseg.detection.roi_align import roi_align_3d
 
 Tensor = torch.Tensor
-Size = tuple[int, int, int]
 
 __all__ = ["Detections", "RoIHeads", "RoISettings"]
 
@@ -43,6 +42,7 @@ class RoISettings:
         score_threshold: lowest score of a detection.
         detections: of an image at most.
         box_weight: weight of the box loss.
+        mask_share: how far inference moves a box to the box of its mask, in [0, 1]: 0.5 is half-way.
         finest: pool from the finest level only, not from the one that fits the region's size.
     """
 
@@ -61,6 +61,7 @@ class RoISettings:
     score_threshold: float = 0.02
     detections: int = 20
     box_weight: float = 2.0
+    mask_share: float = 0.0
     finest: bool = False
 
 
@@ -77,58 +78,6 @@ class Detections:
     boxes: Tensor
     scores: Tensor
     masks: Tensor
-
-
-class BoxHead(nn.Module):
-    """Class logits (N, 2) and box deltas (N, 6) of pooled regions (N, C, d, h, w).
-
-    Args:
-        channels: of the regions.
-        size: (d, h, w) of the regions.
-        convolutions: strides of the 3 x 3 x 3 convolutions before the linear layers.
-        hidden: width of the two linear layers.
-    """
-
-    def __init__(self, channels: int, size: Size, convolutions: Sequence[int], hidden: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for stride in convolutions:
-            layers += [nn.Conv3d(channels, channels, 3, stride, padding=1), nn.ReLU(inplace=True)]
-            size = (-(-size[0] // stride), -(-size[1] // stride), -(-size[2] // stride))
-        widths = [channels * size[0] * size[1] * size[2], hidden, hidden]
-        layers.append(nn.Flatten())
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*layers)
-        self.classes, self.deltas = nn.Linear(hidden, 2), nn.Linear(hidden, 6)
-        he_initialised(self.layers)
-        nn.init.normal_(self.classes.weight, std=0.01)
-        nn.init.normal_(self.deltas.weight, std=0.001)
-        nn.init.zeros_(self.classes.bias)
-        nn.init.zeros_(self.deltas.bias)
-
-    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (N, 2) and box deltas (N, 6)."""
-        hidden = self.layers(regions)
-        return self.classes(hidden), self.deltas(hidden)
-
-
-class MaskHead(nn.Sequential):
-    """Mask logits (N, 1, 2d, 2h, 2w) of pooled regions (N, C, d, h, w).
-
-    Args:
-        channels: of the regions.
-        hidden: channels of the convolutions.
-        convolutions: how many there are before the transposed one.
-    """
-
-    def __init__(self, channels: int, hidden: int, convolutions: int) -> None:
-        layers: list[nn.Module] = []
-        for i in range(convolutions):
-            layers += [nn.Conv3d(hidden if i else channels, hidden, 3, padding=1), nn.ReLU(inplace=True)]
-        layers += [nn.ConvTranspose3d(hidden, hidden, 2, stride=2), nn.ReLU(inplace=True), nn.Conv3d(hidden, 1, 1)]
-        super().__init__(*layers)
-        he_initialised(self)
 
 
 class RoIHeads(nn.Module):
@@ -191,7 +140,8 @@ class RoIHeads(nn.Module):
         wanted = self.coder.encode_single(truth, torch.cat(rois))
         box = functional.smooth_l1_loss(deltas[label].float(), wanted[label], beta=0.1, reduction="sum")
         found = {
-            "roi_class": functional.cross_entropy(logits.float(), label.long()),
+            # a mean over no region at all would be nan
+            "roi_class": functional.cross_entropy(logits.float(), label.long(), reduction="sum") / max(1, len(label)),
             "roi_box": self.settings.box_weight * box / max(1, int(label.sum()) * 6),
         }
         positive = [roi[i][: self.settings.mask_samples] for roi, i in zip(rois, labels, strict=True)]
@@ -217,7 +167,12 @@ class RoIHeads(nn.Module):
         ]
         masks = self.mask_head(self._pool(images, features, [b for b, _ in kept], self.settings.mask_size))
         probabilities = torch.split(masks.float().sigmoid()[:, 0], [len(b) for b, _ in kept])
-        return [Detections(b, s, m) for (b, s), m in zip(kept, probabilities, strict=True)]
+        share = self.settings.mask_share
+        found = []
+        for (b, s), mask in zip(kept, probabilities, strict=True):
+            moved, reframed = moved_to_masks(b, mask, share)
+            found.append(Detections(moved, s, reframed))
+        return found
 
     def _select(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.isfinite(scores).all():  # NaN would sort as the highest score
@@ -301,10 +256,34 @@ class RoIHeads(nn.Module):
         return torch.floor(2 + torch.log2(side / 56)).clamp(0, count - 1).long()
 
 
-def he_initialised(module: nn.Module) -> None:
-    """Give convolutions and linear layers He's initialisation (paper: "He initialisation")."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d, nn.Linear)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+def moved_to_masks(boxes: Tensor, masks: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Boxes moved part of the way to the boxes of their masks, and the masks in these frames.
+
+    Args:
+        boxes: (N, 6).
+        masks: (N, d, h, w) probabilities inside the boxes; one that nowhere reaches 0.5 leaves its box.
+        share: part of the way, in [0, 1].
+    """
+    if share <= 0 or not len(boxes):
+        return boxes, masks
+    ends = []
+    for axis in range(3):
+        filled = (masks >= 0.5).movedim(axis + 1, 1).flatten(2).any(dim=2).float()
+        count = filled.shape[1]
+        first = filled.argmax(dim=1) / count
+        last = 1 - filled.flip(1).argmax(dim=1) / count
+        ends.append((first, last))
+    fractions = torch.stack([low for low, _ in ends] + [high for _, high in ends], dim=1)
+    whole = fractions.new_tensor([0.0, 0, 0, 1, 1, 1])
+    fractions = whole + share * (fractions - whole)
+    sizes = (boxes[:, 3:] - boxes[:, :3]).repeat(1, 2)
+    grid_axes = [_places(fractions[:, a], fractions[:, a + 3], masks.shape[a + 1]) for a in range(3)]
+    grids = [torch.stack(torch.meshgrid(*own, indexing="ij")[::-1], dim=-1) for own in zip(*grid_axes, strict=True)]
+    reframed = functional.grid_sample(masks[:, None], torch.stack(grids), align_corners=False, padding_mode="border")
+    return boxes[:, :3].repeat(1, 2) + fractions * sizes, reframed[:, 0]
+
+
+def _places(low: Tensor, high: Tensor, count: int) -> Tensor:
+    """Centres of ``count`` cells between two fractions (N,) of an axis, from -1 to 1."""
+    centres = (torch.arange(count, device=low.device, dtype=low.dtype) + 0.5) / count
+    return 2 * (low[:, None] + centres * (high - low)[:, None]) - 1

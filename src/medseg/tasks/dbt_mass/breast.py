@@ -101,6 +101,10 @@ def normalise(volume: npt.NDArray[np.float32], region: npt.NDArray[np.bool_]) ->
     low, high = np.percentile(sample, [1, 99])
     if not high > low:
         raise ValueError(f"it is constant ({low:g}) inside the breast")
-    scaled = np.clip((volume - low) / (high - low) * 0.98 + 0.01, 0.01, 1.5)
-    result: npt.NDArray[np.float32] = np.where(region, scaled, 0).astype(np.float32)
-    return result
+    scaled: npt.NDArray[np.float32] = volume - np.float32(low)
+    scaled /= np.float32(high - low)  # in place: a copy at each step took half the time of reading a view
+    scaled *= 0.98
+    scaled += 0.01
+    np.clip(scaled, 0.01, 1.5, out=scaled)
+    scaled *= region
+    return scaled

@@ -91,7 +91,11 @@ class MassRCNN3D(MaskRCNN3D):
             ValueError: if there are fewer sizes than anchors.
         """
         shape = self.proposals.anchors.shape
-        self.proposals.set_anchors(fit_anchors(sizes, shape[0] * shape[1]).reshape(shape))
+        try:
+            fitted = fit_anchors(sizes, shape[0] * shape[1])
+        except ValueError as error:
+            raise ValueError(f"no anchors fit the training masses: {error} (--anchors_per_level)") from error
+        self.proposals.set_anchors(fitted.reshape(shape))
 
 
 def resnet_fpn(

@@ -81,7 +81,9 @@ class ViewFolder:
         file_spacing = None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2]))
         self.root = Path(dataset_dir)
         self.views, self.problems = find_views(dataset_dir, pattern, file_spacing)
-        if not self.views and self.problems:
+        if not self.views and not self.problems:
+            raise ValueError(f"no DICOM, NIfTI or NRRD view in {dataset_dir}: check --dataset_dir and --pattern")
+        if not self.views:
             raise ValueError(f"no view in {dataset_dir} can be used:\n" + "\n".join(self.problems[:20]))
         check_inputs([view.name for view in self.views], ckpt_path, dataset_dir, output_dir)
         self.items: list[dict[str, Any]] = [{"image": view} for view in self.views]
@@ -184,7 +186,7 @@ class DetectionReport:
         turned = masks.flip(3) if flipped else masks
         pasted = paste_masks(torch.from_numpy(boxes).float(), turned, view.shape)
         for number, ((where, mask), score) in enumerate(zip(pasted, scores.tolist(), strict=True), start=1):
-            if score >= self.min_score:
+            if score >= self.min_score and number <= 255:
                 part = labels[where]
                 part[(mask.numpy() > self.threshold) & (part == 0)] = number
         return labels

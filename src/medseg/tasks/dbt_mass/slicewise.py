@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 
 from medseg.detection.nms import nms_3d
@@ -42,6 +43,8 @@ class SliceWiseRCNN(nn.Module):
         anchor_sides: sides in voxels of the anchors of the five levels.
         shortest: length in mm that a candidate must have along the slices.
         candidates: 3D candidates of a volume at most.
+        samples: regions of a slice that the second stage trains on (paper's Faster R-CNN: 256); torchvision's 512 make
+            a step on a CPU several times as long.
 
     Source: the paper's baselines; how slices are merged it does not say (our choice, see :func:`link_slices`).
     """
@@ -59,6 +62,7 @@ class SliceWiseRCNN(nn.Module):
         anchor_sides: Sequence[float] = (16, 32, 64, 128, 256),
         shortest: float = 3.0,
         candidates: int = 20,
+        samples: int = 256,
     ) -> None:
         super().__init__()
         from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -69,10 +73,11 @@ class SliceWiseRCNN(nn.Module):
         anchors = AnchorGenerator(tuple((float(s),) for s in anchor_sides), ((0.5, 1.0, 2.0),) * len(anchor_sides))
         build = MaskRCNN if masks else FasterRCNN
         self.detector = build(
-            backbone, num_classes=2, rpn_anchor_generator=anchors, image_mean=[0.45] * 3, image_std=[0.25] * 3,
-            box_score_thresh=score_threshold, box_detections_per_img=10, rpn_pre_nms_top_n_test=300,
-            rpn_post_nms_top_n_test=100, _skip_resize=True,
+            backbone, num_classes=2, rpn_anchor_generator=anchors, box_score_thresh=score_threshold,
+            box_detections_per_img=10, rpn_pre_nms_top_n_train=4 * samples, rpn_post_nms_top_n_train=2 * samples,
+            rpn_pre_nms_top_n_test=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=samples,
         )  # fmt: skip
+        self.detector.transform = _AsTheyAre(1, 1, image_mean=[0.45] * 3, image_std=[0.25] * 3)
         self.with_masks, self.slices, self.with_mass, self.chunk = masks, slices, with_mass, chunk
         self.shortest = max(1, round(shortest / float(spacing[0])))
         self.candidates = candidates
@@ -136,6 +141,14 @@ class SliceWiseRCNN(nn.Module):
             whole[d - low[0]] = found[d]["masks"][index, 0, low[1] : high[1], low[2] : high[2]]
         mask: Tensor = functional.interpolate(whole[None, None], MASK_SIZE, mode="trilinear")[0, 0]
         return mask
+
+
+class _AsTheyAre(GeneralizedRCNNTransform):
+    """Slices keep their size: torchvision's own ``_skip_resize`` holds in training only, in detection it enlarges."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Leave image and target alone."""
+        return image, target
 
 
 @dataclass
