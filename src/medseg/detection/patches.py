@@ -37,6 +37,7 @@ class PatchDetection:
         score_threshold: lowest score of a merged detection.
         flips: test-time augmentation: each patch is also seen flipped along these axes (0 is d), and what is found
             counts like that of another patch, e.g. ``[[0], [1]]``; weighted box clustering averages the boxes.
+        min_score: detections below take no part in ``probability``.
         segment: gives masks (N, d, h, w) of the boxes (N, 6) in a volume (D, H, W) instead of the network's own.
     """
 
@@ -51,6 +52,7 @@ class PatchDetection:
         edge_weight: float = 0.5,
         score_threshold: float = 0.02,
         flips: Sequence[Sequence[int]] = (),
+        min_score: float = 0.0,
         segment: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if not 0 <= overlap < 1:
@@ -59,7 +61,7 @@ class PatchDetection:
         self.size: Size = (d, h, w)
         self.overlap, self.skip_below, self.batch_size = overlap, skip_below, batch_size
         self.merge, self.iou_threshold, self.edge_weight = merge, iou_threshold, edge_weight
-        self.score_threshold, self.segment = score_threshold, segment
+        self.score_threshold, self.min_score, self.segment = score_threshold, min_score, segment
         self.views: list[tuple[int, ...]] = [(), *(tuple(int(a) for a in axes) for axes in flips)]
 
     def __call__(self, inputs: Tensor, network: Callable[[Tensor], list[Detections]], **_: Any) -> dict[str, Tensor]:
@@ -93,9 +95,9 @@ class PatchDetection:
                     weights.append(self._weights(found.boxes, start, starts))
         if not boxes:
             empty = volume.new_zeros((0, 6))
-            return _batched(empty, empty[:, 0], volume.new_zeros((0, 2, 2, 2)), volume)
+            return _batched(empty, empty[:, 0], volume.new_zeros((0, 2, 2, 2)), volume, empty[:, 0] > 0)
         found = self._merged(torch.cat(boxes), torch.cat(scores), torch.cat(masks), torch.cat(weights), starts, volume)
-        return _batched(found.boxes, found.scores, found.masks, volume)
+        return _batched(found.boxes, found.scores, found.masks, volume, found.scores >= self.min_score)
 
     def _seen(
         self, network: Callable[[Tensor], list[Detections]], patches: Tensor, axes: tuple[int, ...]
@@ -233,9 +235,9 @@ def _merged_mask(box: Tensor, boxes: Tensor, masks: Tensor, scores: Tensor) -> T
     return total / scores.sum()
 
 
-def _batched(boxes: Tensor, scores: Tensor, masks: Tensor, volume: Tensor) -> dict[str, Tensor]:
+def _batched(boxes: Tensor, scores: Tensor, masks: Tensor, volume: Tensor, shown: Tensor) -> dict[str, Tensor]:
     probability = torch.zeros_like(volume, dtype=torch.float32)
-    for where, mask in paste_masks(boxes.float(), masks.float(), volume.shape):
+    for where, mask in paste_masks(boxes[shown].float(), masks[shown].float(), volume.shape):
         probability[where] = torch.maximum(probability[where], mask)
     return {"boxes": boxes[None], "scores": scores[None], "masks": masks[None], "probability": probability[None, None]}
 

@@ -148,20 +148,21 @@ class RegionProposalNetwork(nn.Module):
     ) -> dict[str, Tensor]:
         labels, matched = [], []
         for boxes in truths:
+            match = torch.full((len(anchors),), -1, device=anchors.device)
             if len(boxes):
                 _, match = self.matcher.compute_matches(boxes, anchors, per_level, self.anchors.shape[1])
-            else:
-                match = torch.full((len(anchors),), -1, device=anchors.device)
             labels.append((match >= 0).float())
-            matched.append(boxes[match.clamp(min=0)] if len(boxes) else anchors)
+            matched.append(match)
         positive, negative = self.sampler(labels, logits.detach().sigmoid().flatten())
         is_positive = torch.stack(positive).bool()
         sampled = is_positive | torch.stack(negative).bool()
         objectness = functional.binary_cross_entropy_with_logits(logits[sampled], torch.stack(labels)[sampled])
-        targets = [self.coder.encode_single(boxes, anchors) for boxes in matched]
-        box = functional.smooth_l1_loss(
-            deltas[is_positive], torch.stack(targets)[is_positive], beta=0.1, reduction="sum"
-        ) / max(1, int(is_positive.sum()) * 6)
+        box = deltas.new_zeros(())
+        for own, boxes, match, chosen in zip(deltas, truths, matched, is_positive, strict=True):
+            if chosen.any():  # of the many anchors only these few are encoded
+                wanted = self.coder.encode_single(boxes[match[chosen]], anchors[chosen])
+                box = box + functional.smooth_l1_loss(own[chosen], wanted, beta=0.1, reduction="sum")
+        box = box / max(1, int(is_positive.sum()) * 6)
         return {"rpn_objectness": objectness, "rpn_box": self.settings.box_weight * box}
 
     def _propose(self, logits: Tensor, deltas: Tensor, anchors: Tensor, shape: Sequence[int]) -> Proposals:

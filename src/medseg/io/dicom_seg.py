@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def write_dicom_seg(
         raise ValueError(f"{path}: {len(values)} masses in one view; at most 255 can be written")
     sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in view.files]
     segments = [_segment(i + 1, (labels or {}).get(v, f"Mass {i + 1}"), algorithm) for i, v in enumerate(values)]
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells of every module that it copies
     data = _segmentation(sources, view, _planes(mask, view, values), segments, uid_seed)
     buffer = io.BytesIO()
     data.save_as(buffer, enforce_file_format=True)

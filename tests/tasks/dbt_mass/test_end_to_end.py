@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,17 @@ def test_the_configs_of_the_run_hold_its_network(trained):
         assert config["patch_size"] == [16, 48, 48]
         assert config["spacing"] == [4.0, 2.5, 2.5]
         assert config["regions"]["finest"] is True
+
+
+def test_a_packed_detector_is_trusted_and_repeats_its_self_test(trained, tmp_path):
+    """The detector is medseg's class: no program stands for it, and verify knows it."""
+    weights = trained / "models" / "model.pt"
+    medseg("pack", "dbt_mass", "--weights", weights, "--version", "0.1.1", "--out", tmp_path, cwd=REPOSITORY)
+    packed = tmp_path / "dbt_mass_v0.1.1.zip"
+    report = json.loads(medseg("verify", packed, "--run", "--json", cwd=tmp_path).stdout)
+    assert report["verdict"] == "trusted", report
+    assert "P0001_L_CC_mass.nii.gz: Dice" in report["checked"]["self-test"]
+    with zipfile.ZipFile(packed) as archive:
+        inference = json.loads(archive.read("dbt_mass/configs/inference.json"))
+    assert inference["network_def"]["_target_"] == "medseg.tasks.dbt_mass.network.MassRCNN3D"
+    assert inference["patch_size"] == [16, 48, 48]

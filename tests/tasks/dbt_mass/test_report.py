@@ -252,7 +252,7 @@ def test_scores_that_are_no_numbers_are_told(views, weights, tmp_path):
 
 def test_a_folder_without_a_usable_view(tmp_path, weights):
     (tmp_path / "in").mkdir()
-    with pytest.raises(ValueError, match="no images to segment"):
+    with pytest.raises(ValueError, match="no DICOM, NIfTI or NRRD view in"):
         folder_of(tmp_path / "in", weights, tmp_path / "out")
     (tmp_path / "in" / "a.dcm").write_bytes(b"\0" * 128 + b"DICMnothing")
     with pytest.raises(ValueError, match=r"no view in .* can be used:\n.*a\.dcm"):

@@ -13,7 +13,7 @@ METRICS = (
     "sensitivity_iou30", "sensitivity_centre", "sensitivity", "froc_area_iou30", "froc_area_centre", "froc_area",
     "froc_area_lesion", "dice", "precision", "fnr",
 )  # fmt: skip
-COUNT, SHOWN, EPOCHS = 140, 6, 3
+COUNT, SHOWN, EPOCHS = 140, 6, 5
 
 __all__ = ["demo"]
 

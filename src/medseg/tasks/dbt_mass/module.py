@@ -127,7 +127,7 @@ class DetectionModule(SegmentationModule):
         return DetectionCase(
             image=str(image.meta["filename_or_obj"]),
             metrics=self._hit_metrics(item, boxes, iou, masks_of(label)),
-            empty_prediction=not len(boxes),
+            empty_prediction=not bool(pred.any()),
             empty_truth=not len(truth),
             fields={**fields, "masses": len(truth)},
             masks=_packed(pred, label[0] > 0) if self.keep_masks else None,
