@@ -91,11 +91,11 @@ def weighted_box_clustering(
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0, 0, 1, 4, 4, 5], [0, 0, 9, 4, 4, 12]])
-        >>> merged = weighted_box_clustering(
+        >>> found, found_scores, members = weighted_box_clustering(
         ...     boxes, torch.tensor([0.6, 0.6, 0.8]), weights=torch.ones(3), expected=torch.tensor([2, 2, 4])
         ... )
-        >>> merged[0][0].tolist(), [round(s, 3) for s in merged[1].tolist()], [m.tolist() for m in merged[2]]
-        ([0.0, 0.0, 0.5, 4.0, 4.0, 4.5], [0.6, 0.2], [[0, 1], [2]])
+        >>> found.tolist()[:1], [round(s, 3) for s in found_scores.tolist()], [m.tolist() for m in members]
+        ([[0.0, 0.0, 0.5, 4.0, 4.0, 4.5]], [0.6, 0.2], [[0, 1], [2]])
     """
     _check(boxes, scores, weights, expected)
     if not 0 < iou_threshold <= 1:
