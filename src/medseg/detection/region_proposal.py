@@ -134,7 +134,7 @@ class RegionProposalNetwork(nn.Module):
             delta = self.deltas(hidden).movedim(1, -1)
             deltas.append(delta.reshape(len(delta), -1, 6))
         # boxes lose half a voxel at a size of 256 in half precision
-        return torch.cat(logits, dim=1).float(), torch.cat(deltas, dim=1).float().clamp(-4, 4)
+        return torch.cat(logits, dim=1).float(), torch.cat(deltas, dim=1).float()
 
     def _anchors(self, images: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         generator = AnchorGeneratorWithAnchorShape((1,) * len(self.anchors), self.anchors[0].tolist())
@@ -170,7 +170,7 @@ class RegionProposalNetwork(nn.Module):
             raise ValueError("the scores of the proposals are not finite; did the training diverge?")
         kept = self.settings.kept_train if self.training else self.settings.kept
         scores, order = logits.sigmoid().topk(min(self.settings.candidates, len(logits)))
-        boxes = clip_boxes(self.coder.decode_single(deltas[order], anchors[order]), shape)
+        boxes = clip_boxes(self.coder.decode_single(deltas[order].clamp(-4, 4), anchors[order]), shape)
         large = ((boxes[:, 3:] - boxes[:, :3]) >= 1).all(dim=1)
         boxes, scores = boxes[large], scores[large]
         keep = nms_3d(boxes, scores, self.settings.nms_threshold)[:kept]

@@ -152,7 +152,7 @@ class RoIHeads(nn.Module):
         return found
 
     def detect(self, images: Tensor, features: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
-        """Detections of each image from its proposals."""
+        """Detections of each image from its proposals; a score is the root of box score times proposal score."""
         boxes = [p.boxes for p in proposals]
         counts = [len(b) for b in boxes]
         scores = torch.empty(0)
@@ -249,7 +249,7 @@ class RoIHeads(nn.Module):
         return pooled
 
     def _levels(self, boxes: Tensor, count: int) -> Tensor:
-        """Level of each box, 0 the finest: one coarser for each doubling of its mean side beyond 28 voxels."""
+        """Level of each box, 0 the finest: 1 from a mean side of 28 voxels on, and one more for each doubling."""
         if self.settings.finest:
             return torch.zeros(len(boxes), dtype=torch.long, device=boxes.device)
         side = (boxes[:, 3:] - boxes[:, :3]).clamp(min=1e-3).prod(dim=1) ** (1 / 3)

@@ -108,7 +108,7 @@ def check_inputs(images: Sequence[str], ckpt_path: str, dataset_dir: str, output
     if not Path(ckpt_path).is_file():
         raise FileNotFoundError(
             f"no weights at {ckpt_path}: train first and use the run's own configs/inference.yaml, or pass --ckpt_path "
-            "with the --network_name and --encoder it belongs to"
+            "with the --network_name and the other arguments that they belong to"
         )
 
 

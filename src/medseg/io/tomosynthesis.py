@@ -10,8 +10,9 @@ NIfTI and NRRD arrays are (column, row, slice) on disk, see :mod:`medseg.io.tomo
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def find_views(
             views.append(view_of([header for header, _ in members], [file for _, file in members], spacing))
         except ValueError as error:
             problems.append(str(error))
+    names = Counter(view.name for view in views)
+    views = [replace(v, title=str(Path(v.files[0]).with_suffix(""))) if names[v.name] > 1 else v for v in views]
     return sorted(views, key=lambda view: view.name), problems
 
 

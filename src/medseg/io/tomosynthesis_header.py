@@ -103,7 +103,7 @@ def _pixel_spacing(header: Any, name: str, spacing: Spacing | None, remarks: lis
         return pair[0], pair[1]
     said = f"pixel spacing {pair}" if pair else "no pixel spacing"
     if spacing is None:
-        raise ValueError(f"{name} has {said} in its header; pass spacing=(slice, row, column) in mm (--spacing)")
+        raise ValueError(f"{name} has {said} in its header; pass spacing=(slice, row, column) in mm (--file_spacing)")
     remarks.append(f"{said} in the header; {spacing[1]:g} x {spacing[2]:g} mm as given")
     return spacing[1], spacing[2]
 
@@ -120,7 +120,7 @@ def _planes(
         if spacing is None:
             raise ValueError(
                 f"{name}: {lacking} of {len(stored)} frames have no position or orientation; if they are stored in "
-                "order, pass spacing=(slice, row, column) in mm (--spacing)"
+                "order, pass spacing=(slice, row, column) in mm (--file_spacing)"
             )
         remarks.append(f"{lacking} frames have no position; taken in stored order, {spacing[0]:g} mm apart as given")
         z = np.arange(len(stored)) * spacing[0]
@@ -158,7 +158,7 @@ def _slices(
         k = int(gaps.argmin())
         raise ValueError(
             f"{name}: frames {order[k] + 1} and {order[k + 1] + 1} lie at the same position; remove one, or if no "
-            "position is right pass spacing=(slice, row, column) in mm (--spacing) with positions removed"
+            "position is right pass spacing=(slice, row, column) in mm (--file_spacing) with positions removed"
         )
     # a step between two slices that is off by more is a frame that is missing: no volume of equal steps
     if np.abs(gaps - usual).max() > max(TOLERANCE * usual, 0.02):

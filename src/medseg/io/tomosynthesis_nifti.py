@@ -56,7 +56,7 @@ def read_volume_header(path: Path, spacing: Spacing | None = None) -> View:
     if not np.isfinite(affine).all() or not (sizes > 0).all():
         said = "voxel size " + " x ".join(f"{s:g}" for s in sizes) + " mm"
         if spacing is None:
-            raise ValueError(f"{path} has the {said}; pass spacing=(slice, row, column) in mm (--spacing)")
+            raise ValueError(f"{path} has the {said}; pass spacing=(slice, row, column) in mm (--file_spacing)")
         remarks.append(f"{said} in the header; {' x '.join(f'{s:g}' for s in spacing)} mm as given")
         affine = affine_of((1, 0, 0), (0, 1, 0), (0, 0, 0), (0, 0, spacing[0]), spacing[1:])
     stem = path.name[: -len(next(end for end in NIFTI + NRRD if path.name.lower().endswith(end)))]

@@ -44,6 +44,7 @@ class View:
     sop_instance: str = ""
     frames: tuple[tuple[int, int], ...] = ()  # DICOM: of each slice its file (index) and its stored frame, from 0
     remarks: tuple[str, ...] = ()  # what was odd, but usable
+    title: str = ""  # instead of the folder's name, where several series of single frames lie in one folder
 
     @property
     def spacing(self) -> Spacing:
@@ -52,7 +53,9 @@ class View:
 
     @property
     def name(self) -> str:
-        """The file, or the folder of single frames, for messages."""
+        """The file, or the folder of single frames: no two views that are found together have one name."""
+        if self.title:
+            return self.title
         return self.files[0] if len(self.files) == 1 else str(Path(self.files[0]).parent)
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom.uid import generate_uid
 
 from medseg.io.tomosynthesis import read_header
 from medseg.io.tomosynthesis_dicom import write_tomosynthesis
@@ -59,7 +60,10 @@ def make_view(tmp_path) -> Callable[..., PhantomView]:
             mask[d0:d1, h0:h1, w0:w1] = number
         stored[mask > 0] += 300
         image, label = tmp_path / f"{name}.dcm", tmp_path / f"{name}_mask.nii.gz"
-        write_tomosynthesis(image, stored, SPACING, laterality=laterality, view=view, patient=patient, uid_seed=name)
+        study = generate_uid(entropy_srcs=[patient])  # one of both views
+        write_tomosynthesis(
+            image, stored, SPACING, laterality=laterality, view=view, patient=patient, uid_seed=name, study_uid=study
+        )
         write_nifti(label, mask, read_header(image).affine)
         return PhantomView(image, label, stored, mask)
 

@@ -120,7 +120,8 @@ def test_cases_tell_what_was_found_on_the_file_s_own_grid(cases):
     assert [c.empty_prediction for c in cases] == [False, False, False, True]
     assert [c.empty_truth for c in cases] == [False, False, False, True]
     assert fourth.true == fourth.found == []
-    assert first.fields == {"patient": "P1", "breast": "P1-R", "mass": "1", "density": 3, "masses": 1}
+    grid = {"slices": 8, "spacing_h": 1.0, "spacing_w": 1.0, "pixel_mm": 1.0}  # for the hit rule bcs-dbt
+    assert first.fields == {"patient": "P1", "breast": "P1-R", "mass": "1", "density": 3, "masses": 1, **grid}
 
 
 def test_details_are_written(module, cases, tmp_path):

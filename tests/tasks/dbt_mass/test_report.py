@@ -13,6 +13,7 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
+from tomosynthesis_frames import single_frames
 
 from medseg.io.overlay import GREEN
 from medseg.io.tomosynthesis import read_header, read_view
@@ -180,7 +181,9 @@ def test_the_table_per_breast_has_the_highest_of_both_views(views, weights, tmp_
     folder = folder_of(views, weights, out)
     found = {"r1": ([[2, 10, 12, 6, 18, 20]] * 2, [0.4, 0.35]), "r2": ([[2, 10, 12, 6, 18, 20]], [0.7]), "l1": ([], [])}
     run(DetectionReport(str(out), folder, films=0), [found_item(v, *found[Path(v.name).stem]) for v in folder.views])
-    assert rows(out / "breasts.csv") == [
+    found = rows(out / "breasts.csv")
+    assert all(row.pop("study") for row in found)
+    assert found == [
         {"breast": "PL-L", "patient": "PL", "laterality": "L", "views": "CC", "masses": "0", "score": "0.0"},
         {"breast": "PR-R", "patient": "PR", "laterality": "R", "views": "CC MLO", "masses": "2", "score": "0.7"},
     ]
@@ -268,3 +271,63 @@ def test_a_scored_view_is_drawn(make_view):
     assert picture.ndim == 3
     assert picture.dtype == np.uint8
     assert (picture == np.array(GREEN)).all(axis=-1).any()
+
+
+def test_series_of_single_frames_in_one_folder_stay_apart(make_view, weights, tmp_path):
+    """As a flat export writes them: the frames of a left and of a right breast side by side."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, laterality in (("a", "L"), ("b", "R")):
+        made = make_view(name=name, laterality=laterality, view="CC", patient="P")
+        for k, frame in enumerate(single_frames(made.image, tmp_path / name, list(range(8)))):
+            shutil.move(frame, folder / f"{name}{k}.dcm")
+        made.image.unlink()
+    out = tmp_path / "out"
+    views = folder_of(folder, weights, out)
+    assert len({view.name for view in views.views}) == 2
+    run(
+        DetectionReport(str(out), views, films=0), [found_item(v, [[2, 10, 12, 6, 18, 20]], [0.9]) for v in views.views]
+    )
+    assert sorted(row["breast"] for row in rows(out / "breasts.csv")) == ["P-L", "P-R"]
+    assert len(list(out.glob("*_mass.nii.gz"))) == 2
+    assert {row["laterality"] for row in rows(out / "detections.csv")} == {"L", "R"}
+
+
+def test_frames_in_the_folder_itself_and_files_of_an_earlier_run(make_view, weights, tmp_path):
+    made = make_view(name="v", laterality="L", view="CC", patient="P")
+    folder = tmp_path / "frames"
+    single_frames(made.image, folder, list(range(8)))
+    out = tmp_path / "out"
+    views = folder_of(folder, weights, out)
+    assert views.views[0].name == str(folder)
+    for score in (0.9, 0.1):  # the second run reports nothing
+        report = DetectionReport(str(out), views, films=1 if score > 0.5 else 0)
+        run(report, [found_item(views.views[0], [[2, 10, 12, 6, 18, 20]], [score])])
+        assert (out / "overlays" / "frames.gif").is_file() == (score > 0.5)
+        assert (out / "frames_mass.nii.gz").is_file()
+
+
+def test_a_view_whose_results_cannot_be_written_does_not_stop_the_others(views, weights, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    folder = folder_of(views, weights, out)
+
+    def refuse(path, *_):
+        if "r1" in path.name:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr("medseg.tasks.dbt_mass.report.write_png", refuse)
+    report = DetectionReport(str(out), folder, films=0)
+    run(report, [found_item(v, [[2, 10, 12, 6, 18, 20]], [0.9]) for v in folder.views])
+    assert {Path(row["file"]).stem for row in rows(out / "detections.csv")} >= {"r2", "l1"}
+    with pytest.raises(ValueError, match=r"r1\.dcm: No space left"):
+        report.finish()
+
+
+def test_an_old_segmentation_does_not_outlive_a_run_that_reports_nothing(views, weights, tmp_path):
+    out = tmp_path / "out"
+    folder = folder_of(views, weights, out)
+    for score in (0.9, 0.1):
+        run(
+            DetectionReport(str(out), folder, films=0), [found_item(folder.views[0], [[2, 10, 12, 6, 18, 20]], [score])]
+        )
+        assert bool(list(out.glob("*_mass.dcm"))) == (score > 0.5)

@@ -20,6 +20,7 @@ from medseg.tasks.dbt_mass.views import (
     boxes_to_grid,
     flip_columns,
     masks_of,
+    numbers_of,
     resampled,
 )
 
@@ -87,17 +88,27 @@ def test_a_marker_voxel_of_a_right_view(make_view):
     np.testing.assert_allclose(item["image"].affine.numpy() @ [*place, 1], world, atol=1e-9)
 
 
-def test_masses_are_numbered_from_1(make_view):
+def test_masses_keep_their_numbers(make_view):
     view = make_view((1, 8, 4, 3, 12, 8), (4, 24, 6, 7, 30, 10))
     mask = view.mask.copy()
     mask[mask == 2] = 9
     mask[mask == 1] = 4
     write_nifti(view.label, mask, read_header(view.image).affine)
     label = load(view.item)["label"]
-    assert torch.unique(label).tolist() == [0, 1, 2]
+    assert numbers_of(label) == [4, 9]
     assert boxes_of(label).tolist() == [[1, 8, 4, 3, 12, 8], [4, 24, 6, 7, 30, 10]]
     assert masks_of(label).shape == (2, 8, 40, 32)
     assert masks_of(label).sum((1, 2, 3)).tolist() == [2 * 4 * 4, 3 * 6 * 4]
+
+
+def test_a_mask_that_lies_elsewhere_is_refused(make_view):
+    """A converter may store the rows the other way round and say so in the affine: that is another grid."""
+    view = make_view((1, 8, 4, 3, 12, 8))
+    turned = read_header(view.image).affine @ np.array([[1, 0, 0, 0], [0, -1, 0, 39], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    write_nifti(view.label, view.mask[:, ::-1], turned)
+    with pytest.raises(ValueError, match="lies elsewhere than its view"):
+        load(view.item)
+    assert "affines differ" in CheckView()({**view.item, "breast": "P-L", "patient": "P"})
 
 
 def test_a_tiny_mass_keeps_a_voxel(make_view):

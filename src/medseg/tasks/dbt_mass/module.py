@@ -22,7 +22,7 @@ from medseg.metrics import summarise
 from medseg.progress import track
 from medseg.tasks.dbt_mass.network import MassRCNN3D
 from medseg.tasks.dbt_mass.scores import BOX, FrocScore, view_table
-from medseg.tasks.dbt_mass.views import boxes_of, boxes_to_grid, masks_of
+from medseg.tasks.dbt_mass.views import boxes_of, boxes_to_grid, masks_of, numbers_of
 from medseg.training.module import Case, SegmentationModule, plain_tensor
 
 #: Views at most that anchors are fitted to.
@@ -39,7 +39,7 @@ class DetectionCase(Case):
         found: detections in the voxels of the view's own grid: box, ``score``, and ``iou`` with the best true box.
         true: masses likewise: box, ``mass``.
         boxes: (N, 6) on the network's grid, for pictures.
-        shown: (2, H, W) and so on: see :class:`medseg.tasks.dbt_mass.report.DrawView`.
+        scores: (N,) of these.
     """
 
     found: list[dict[str, Any]] = field(default_factory=list)
@@ -119,7 +119,10 @@ class DetectionModule(SegmentationModule):
             for box, score, quality in zip(native(boxes).round(3).tolist(), scores.tolist(), best, strict=True)
         ]
         fields = {k: v for k, v in item.items() if k not in known and isinstance(v, (str, int, float))}
-        names = [str(fields.get("mass") or "1")] if len(truth) == 1 else [str(i + 1) for i in range(len(truth))]
+        values = [str(v) for v in numbers_of(label)]
+        named = str(fields.get("mass", "")) or "none"
+        # a mass has its name in both views: the item's field, or its number in the mask
+        names = [named] if len(values) == 1 and named != "none" and "," not in named else values
         true = [
             {**dict(zip(BOX, box, strict=True)), "mass": name}
             for box, name in zip(native(truth).round(3).tolist(), names, strict=True)
@@ -129,7 +132,7 @@ class DetectionModule(SegmentationModule):
             metrics=self._hit_metrics(item, boxes, iou, masks_of(label)),
             empty_prediction=not bool(pred.any()),
             empty_truth=not len(truth),
-            fields={**fields, "masses": len(truth)},
+            fields={**fields, "masses": len(truth), **_grid_of(image)},
             masks=_packed(pred, label[0] > 0) if self.keep_masks else None,
             part=str(item.get("part", "")),
             found=found,
@@ -191,6 +194,13 @@ def _sizes(label: torch.Tensor) -> npt.NDArray[np.float64]:
     boxes = boxes_of(label).cpu().numpy().astype(float)
     sizes: npt.NDArray[np.float64] = boxes[:, 3:] - boxes[:, :3]
     return sizes
+
+
+def _grid_of(image: Any) -> dict[str, float]:
+    """What the hit rule ``bcs-dbt`` has to know of a view's own grid, in which its boxes are."""
+    affine, shape = np.asarray(image.meta["native_affine"], float), np.asarray(image.meta["native_shape"])
+    _, height, width = np.linalg.norm(affine[:3, :3], axis=0).round(6).tolist()
+    return {"slices": int(shape[0]), "spacing_h": height, "spacing_w": width, "pixel_mm": width}
 
 
 def _to_native(image: Any) -> Any:

@@ -57,7 +57,7 @@ def slice_picture(
     for box, text, colour in zip([*true_boxes, *boxes], texts, colours, strict=True):
         if box[0] <= d < box[3]:
             left, top, right, bottom = (scale * box[i] for i in (2, 1, 5, 4))
-            draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
+            draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=2)
             draw.text((left + 2, max(0, top - 12)), text, fill=colour)
     draw.text((4, image.height - 14), f"slice {d + 1}/{len(volume)}", fill=(200, 200, 200))
     return np.asarray(image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 #: Box corners in DICOM patient coordinates (LPS), in mm.
 MILLIMETRES = ("x0_mm", "y0_mm", "z0_mm", "x1_mm", "y1_mm", "z1_mm")
 COLUMNS = ("file", "patient", "laterality", "view", "score", *BOX, *MILLIMETRES, "diameter_mm", "volume_ml", "reported")
+
+BREAST_COLUMNS = ("breast", "study", "patient", "laterality", "views", "masses", "score")
 
 __all__ = ["BOX", "DetectionReport", "DrawView", "NameProblems", "ViewFolder", "box_in_millimetres"]
 
@@ -115,6 +118,7 @@ class DetectionReport:
         self.min_score, self.threshold = min_score, threshold
         self.dicom_seg, self.films = dicom_seg, films
         self.views = {view.name: view for view in folder.views}
+        self.stems = _stems(folder.views, folder.root)
         self.problems = list(folder.problems)
         self.rows: list[dict[str, Any]] = []
         self.done: list[dict[str, Any]] = []
@@ -149,32 +153,42 @@ class DetectionReport:
             if item.get("problem"):
                 self.problems.append(str(item["problem"]))
                 continue
-            self._view(self.views[str(item["image"].meta["filename_or_obj"])], item)
+            view = self.views[str(item["image"].meta["filename_or_obj"])]
+            if not torch.isfinite(torch.as_tensor(item["scores"])).all():
+                raise ValueError(f"{view.name}: the scores are not finite; do the weights hold NaN?")
+            try:
+                self._view(view, item)
+            except (OSError, ValueError) as error:  # the other views are still processed
+                self.problems.append(f"{view.name}: {error}")
 
     def _view(self, view: View, item: Mapping[str, Any]) -> None:
         """Write what was found in one view."""
         image = item["image"]
         boxes, scores, masks = (torch.as_tensor(item[k]).cpu().float() for k in ("boxes", "scores", "masks"))
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"{view.name}: the scores are not finite; do the weights hold NaN?")
         affine = np.asarray(image.affine.cpu(), float)
         native = boxes_to_grid(boxes.numpy(), affine, view.affine)
         labels = self._native_mask(view, native, masks, scores, affine)
-        stem = self.out / self._stem(view)
+        stem = self.out / self.stems[view.name]
+        picture = self.out / "overlays" / f"{self.stems[view.name]}.png"
+        segmentation, film = stem.with_name(f"{stem.name}_mass.dcm"), picture.with_suffix(".gif")
+        for old in (segmentation, film):  # of an earlier run, and not written by every one
+            old.unlink(missing_ok=True)
         write_nifti(stem.with_name(f"{stem.name}_mass.nii.gz"), labels, view.affine)
         if self.dicom_seg and view.frames:
-            write_dicom_seg(stem.with_name(f"{stem.name}_mass.dcm"), labels, view)
+            try:
+                write_dicom_seg(segmentation, labels, view)
+            except ValueError as error:  # the NIfTI mask and the boxes are there all the same
+                self.problems.append(str(error))
+        shown = [i for i, s in enumerate(scores.tolist()) if s >= self.min_score]
+        pred = np.asarray(item["probability"].cpu())[0] > self.threshold
+        grey, drawn = image[0].cpu().numpy(), (boxes[shown].tolist(), scores[shown].tolist())
+        write_png(picture, mass_montage(grey, *drawn, pred))
+        if len(self.done) < self.films:
+            write_film(film, grey, *drawn, pred)
         voxel_ml = float(np.prod(view.spacing)) / 1000
         for number, (box, score) in enumerate(zip(native, scores.tolist(), strict=True), start=1):
             volume = float((labels == number).sum()) * voxel_ml if score >= self.min_score else float("nan")
             self.rows.append(self._row(view, box, score, volume))
-        shown = [i for i, s in enumerate(scores.tolist()) if s >= self.min_score]
-        pred = np.asarray(item["probability"].cpu())[0] > self.threshold
-        grey, drawn = image[0].cpu().numpy(), (boxes[shown].tolist(), scores[shown].tolist())
-        picture = self.out / "overlays" / f"{self._stem(view)}.png"
-        write_png(picture, mass_montage(grey, *drawn, pred))
-        if len(self.done) < self.films:
-            write_film(picture.with_suffix(".gif"), grey, *drawn, pred)
         self.done.append({"view": view, "reported": len(shown), "highest": float(scores.max()) if len(scores) else 0.0})
 
     def _native_mask(
@@ -183,12 +197,12 @@ class DetectionReport:
         """Reported masses numbered from 1 by falling score, on the view's own grid."""
         flipped = bool((np.linalg.inv(view.affine) @ affine)[2, 2] < 0)
         labels = np.zeros(view.shape, np.uint8)
-        turned = masks.flip(3) if flipped else masks
-        pasted = paste_masks(torch.from_numpy(boxes).float(), turned, view.shape)
-        for number, ((where, mask), score) in enumerate(zip(pasted, scores.tolist(), strict=True), start=1):
-            if score >= self.min_score and number <= 255:
-                part = labels[where]
-                part[(mask.numpy() > self.threshold) & (part == 0)] = number
+        count = min(255, int((scores >= self.min_score).sum()))  # the scores are falling
+        turned = masks[:count].flip(3) if flipped else masks[:count]
+        pasted = paste_masks(torch.from_numpy(boxes[:count]).float(), turned, view.shape)
+        for number, (where, mask) in enumerate(pasted, start=1):
+            part = labels[where]
+            part[(mask.numpy() > self.threshold) & (part == 0)] = number
         return labels
 
     def _row(self, view: View, box: npt.NDArray[np.float64], score: float, volume: float) -> dict[str, Any]:
@@ -207,23 +221,13 @@ class DetectionReport:
             "reported": score >= self.min_score,
         }
 
-    def _stem(self, view: View) -> Path:
-        """Path of a view's results below the output folder: its own, without the suffix, where no other has it."""
-        name = Path(view.name).relative_to(self.folder.root)
-        bare = name.with_name(name.name.split(".")[0] or name.name)
-        twins = [v for v in self.views if Path(v).relative_to(self.folder.root).with_name(bare.name) == bare
-                 and Path(v).name.split(".")[0] == bare.name]  # fmt: skip
-        return name if len(twins) > 1 else bare
-
     def _write(self, _: Any) -> None:
         rows = sorted(self.rows, key=lambda r: (r["file"], -r["score"]))
         write_csv(self.out / "detections.csv", rows, COLUMNS)
         write_atomically(
             self.out / "detections.json", (json.dumps(_by_view(rows, self.done), indent=1) + "\n").encode()
         )
-        write_csv(
-            self.out / "breasts.csv", self._breasts(), ("breast", "patient", "laterality", "views", "masses", "score")
-        )
+        write_csv(self.out / "breasts.csv", self._breasts(), BREAST_COLUMNS)
         problems = self.out / "problems.txt"
         problems.unlink(missing_ok=True)
         if self.problems:
@@ -235,21 +239,22 @@ class DetectionReport:
         log.info("detections.csv, breasts.csv, masks and overlays/ in %s", self.out)
 
     def _breasts(self) -> list[dict[str, Any]]:
-        """One row per breast; a view without laterality or patient makes a row of its own."""
-        groups: dict[str, list[dict[str, Any]]] = {}
+        """One row per breast and study; a view without laterality or patient makes a row of its own."""
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for done in self.done:
             view = done["view"]
-            groups.setdefault(view.breast or view.name, []).append(done)
+            groups.setdefault((view.breast or view.name, view.study if view.breast else ""), []).append(done)
         return [
             {
                 "breast": name,
+                "study": study,
                 "patient": members[0]["view"].patient,
                 "laterality": members[0]["view"].laterality,
                 "views": " ".join(sorted(m["view"].view or "?" for m in members)),
                 "masses": max(m["reported"] for m in members),
                 "score": round(max(m["highest"] for m in members), 4),
             }
-            for name, members in sorted(groups.items())
+            for (name, study), members in sorted(groups.items())
         ]
 
     def _fail(self, engine: Any, error: BaseException) -> None:
@@ -266,6 +271,15 @@ class NameProblems:
 
     def __init__(self, report: DetectionReport) -> None:
         report.finish()
+
+
+def _stems(views: Sequence[View], root: Path) -> dict[str, Path]:
+    """Path of each view's results below the output folder: its own, without the suffix where no other view has that."""
+    own = {view.name: Path(view.name).relative_to(root) for view in views}
+    own = {name: path if path.name else Path(root.resolve().name) for name, path in own.items()}
+    bare = {name: path.with_name(path.name.split(".")[0] or path.name) for name, path in own.items()}
+    counts = Counter(bare.values())
+    return {name: bare[name] if counts[bare[name]] == 1 else path for name, path in own.items()}
 
 
 def box_in_millimetres(box: npt.NDArray[np.float64], affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -18,20 +18,20 @@ from medseg.tasks.dbt_mass.breast import breast_region, chest_wall_at_low_column
 
 Grid = npt.NDArray[np.float64]
 
-__all__ = ["CheckView", "LoadViewd", "RandMassPatchd", "boxes_of", "boxes_to_grid", "masks_of"]
+__all__ = ["CheckView", "LoadViewd", "RandMassPatchd", "boxes_of", "boxes_to_grid", "masks_of", "numbers_of"]
 
 
 class LoadViewd(MapTransform):
     """Loads a view and its masks on a grid of the given spacing: ``image`` (1, D, H, W), ``label`` of the same shape.
 
     The image is 0 outside of the breast (see :func:`medseg.tasks.dbt_mass.breast.normalise`), and turned so that the
-    chest wall is at low columns, whichever breast it is. The label numbers the masses from 1. The affine of the image
-    maps its indices (d, h, w) to RAS mm, so that every result finds its way back.
+    chest wall is at low columns, whichever breast it is. The label keeps the numbers that the masses have in the file.
+    The affine of the image maps its indices (d, h, w) to RAS mm, so that every result finds its way back.
 
     Args:
         keys: ``image``, or ``image`` and ``label``.
         spacing: (d, h, w) in mm of the grid.
-        file_spacing: (d, h, w) in mm to believe instead of what the files say; ``None`` believes the files.
+        file_spacing: (d, h, w) in mm for files that lack it; it never overrides what a file says.
         skin: see :func:`medseg.tasks.dbt_mass.breast.breast_region`.
         check_laterality: refuse an image whose chest wall is on the other breast's side.
         keep_errors: instead of raising leave the message under ``problem`` and an empty image, so that the other views
@@ -96,12 +96,13 @@ class LoadViewd(MapTransform):
 
     def _label(self, path: str, image: MetaTensor, flipped: bool, view: View) -> torch.Tensor:
         header = read_header(path, self.file_spacing)
-        if header.shape != view.shape:
-            raise ValueError(_other_grid(path, header, view.name, view))
+        problem = _other_grid(path, header, view.name, view, self.file_spacing is None)
+        if problem:
+            raise ValueError(problem)
         native, _ = read_view(header)
         label = np.zeros(image.shape[1:], np.uint8)
-        for number, value in enumerate(np.unique(native[native > 0]), start=1):
-            share = resampled(native == value, header.spacing, self.spacing)
+        for number in np.unique(native[native > 0]).astype(int).tolist():
+            share = resampled(native == number, view.spacing, self.spacing)
             label[(share >= 0.5) | ((share > 0) & (share == share.max()))] = number  # a tiny mass keeps a voxel
         return torch.from_numpy(np.ascontiguousarray(label[:, :, ::-1]) if flipped else label)[None]
 
@@ -129,7 +130,7 @@ class RandMassPatchd(RandomizableTransform, MapTransform):
         corner = self._corner(label)
         where = (slice(None), *(slice(c, c + n) for c, n in zip(corner, self.size, strict=True)))
         cut, masks = image[where], label[where].clone()
-        for value in _numbers(masks):
+        for value in numbers_of(masks):
             if int((masks == value).sum()) < 0.25 * int((label == value).sum()):
                 masks[masks == value] = 0
         pad = [n for size, had in zip(self.size[::-1], cut.shape[:0:-1], strict=True) for n in (0, size - had)]
@@ -174,9 +175,7 @@ class CheckView:
             image, mask = (read_header(item[key], self.file_spacing) for key in ("image", "label"))
         except (OSError, ValueError) as error:
             return str(error)
-        if image.shape != mask.shape:
-            return _other_grid(item["label"], mask, item["image"], image)
-        return None
+        return _other_grid(item["label"], mask, item["image"], image, self.file_spacing is None)
 
 
 def resampled(
@@ -195,7 +194,7 @@ def resampled(
 def boxes_of(label: torch.Tensor) -> torch.Tensor:
     """Boxes (n, 6) of the numbered masses of a label (1, D, H, W), in the order of their numbers."""
     found = []
-    for value in _numbers(label):
+    for value in numbers_of(label):
         places = torch.nonzero(label[0] == value)
         found.append(torch.cat([places.amin(dim=0), places.amax(dim=0) + 1]))
     empty = torch.zeros((0, 6), device=label.device)
@@ -204,7 +203,7 @@ def boxes_of(label: torch.Tensor) -> torch.Tensor:
 
 def masks_of(label: torch.Tensor) -> torch.Tensor:
     """Masks (n, D, H, W) of the numbered masses of a label (1, D, H, W), in the order of their numbers."""
-    values = _numbers(label)
+    values = numbers_of(label)
     return torch.stack([label[0] == v for v in values]) if values else label[:0].bool()
 
 
@@ -229,7 +228,8 @@ def flip_columns(width: int) -> Grid:
     return flip
 
 
-def _numbers(label: torch.Tensor) -> list[int]:
+def numbers_of(label: torch.Tensor) -> list[int]:
+    """Numbers of the masses of a label, rising."""
     highest = int(label.max()) if label.numel() else 0  # sorting all voxels for their few values takes 30 times as long
     return [value for value in range(1, highest + 1) if bool((label == value).any())]
 
@@ -241,8 +241,14 @@ def _three(values: Sequence[float], name: str) -> tuple[float, float, float]:
     return found[0], found[1], found[2]
 
 
-def _other_grid(mask: str, of_mask: View, view: str, of_view: View) -> str:
-    return f"mask {mask} is {of_mask.shape} and its view {view} {of_view.shape}; save it on the view's grid"
+def _other_grid(mask: str, of_mask: View, view: str, of_view: View, known: bool) -> str | None:
+    """What is wrong if a mask does not lie on its view's grid: another shape or, where it is known, another affine."""
+    fix = "save it on the view's grid (`medseg.io.tomosynthesis.write_nifti` with the view's affine)"
+    if of_mask.shape != of_view.shape:
+        return f"mask {mask} is {of_mask.shape} and its view {view} {of_view.shape}; {fix}"
+    if known and not np.allclose(of_mask.affine, of_view.affine, rtol=1e-3, atol=0.05):
+        return f"mask {mask} lies elsewhere than its view {view} (their affines differ); {fix}"
+    return None
 
 
 def _name(source: Any) -> str:
