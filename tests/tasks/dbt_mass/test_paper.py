@@ -166,6 +166,7 @@ def test_an_epoch_is_timed_on_a_few_views(tmp_path: Path, monkeypatch: pytest.Mo
         seen.append(words)
         (tmp_path / "timing" / "n").mkdir(parents=True)
         (tmp_path / "timing" / "n" / "train.log").write_text("epoch 1/2 a=1 seconds=9.0\nepoch 2/2 a=1 seconds=4.0\n")
+        return paper.subprocess.CompletedProcess([], 0)
 
     monkeypatch.setattr(paper.subprocess, "run", run)
     assert paper._epoch_seconds(tmp_path, child(tmp_path, "n")) == pytest.approx(4 * 80 / paper.TIMED)
