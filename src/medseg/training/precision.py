@@ -10,9 +10,10 @@ __all__ = ["fast_precision"]
 def fast_precision(device: str | torch.device) -> str:
     """Lightning's name of the precision for a device: bfloat16 where it has instructions for it, else 32 bits.
 
-    CPUs with AVX512-BF16 or AMX run convolutions in bfloat16 up to twice as fast; those without only emulate it. It is
-    not for tiny feature maps: with torch 2.15 the gradient of 3 x 3 x 3 kernels is NaN now and then on maps of 2 x 3 x 3
-    (4 of 30 tries), never on those of 4 x 6 x 6 and larger (30 tries each).
+    CPUs with AVX512-BF16 or AMX run convolutions in bfloat16 up to twice as fast; those without only emulate it.
+
+    Not for tiny feature maps: with torch 2.15 the gradient of 3 x 3 x 3 kernels is now and then NaN on maps of
+    2 x 3 x 3 (4 of 30 tries), never on those of 4 x 6 x 6 and larger (30 tries each).
 
     Args:
         device: e.g. ``cuda:0`` or ``cpu``.
